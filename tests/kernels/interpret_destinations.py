@@ -24,7 +24,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 pytestmark = pytest.mark.kernels
 pytest_plugins = ("tests.kernels.interpret_gpu_check",)
 
-N = 8
+N = 40
+"""Elements of an axis: too many in all for one program of an elementwise kernel."""
 CONSTANTS = f"""int64[1] last = {{-1}}, int64[1] far = {{-1000}}, int64[1] rows = {{0}}, int64 down = {{0}},
     int64[1] flat = {{-1}}, int64[2] square = {{{N}, {N}}}, float[{N}] scale = {{{", ".join(["1.5"] * N)}}},
     int64[2, 1] at = {{1, 3}}, float[2, {N}] update = {{{", ".join(["0.25"] * (2 * N))}}}"""
@@ -93,3 +94,23 @@ def test_results_are_right_wherever_they_are_wanted(seed: int, opener: Callable[
                 got = session.run(dict(zip(inputs, given, strict=True)), out)
                 for name, array in want.items():
                     np.testing.assert_allclose(np.asarray(got[name]), array, atol=1e-4, rtol=1e-4, err_msg=text)
+
+
+@pytest.mark.parametrize(
+    "read", ["Transpose <perm = [1, 0]> (x)", "Slice(x, last, far, rows, last)"], ids=["turned", "reversed"]
+)
+@pytest.mark.parametrize("made", ["Exp(t)", "Sub(t, z)", "Softmax(t)"])
+def test_a_result_in_the_place_of_what_is_read_in_another_order(
+    made: str, read: str, opener: Callable[[Any], Context]
+) -> None:
+    text = f"g (float[A, A] x, float[A, A] z) => (float[A, A] y) <{CONSTANTS}> {{ t = {read}  y = {made} }}"
+    device, drawn = opener(WatchingLauncher).open(), np.random.default_rng(0)
+    x, z = (device.xp.asarray(np.zeros((N, N), np.float32)) for _ in range(2))
+    model = load_graph(parse(text))
+    with Session(model, device) as session, Session(model, open_device("cpu")) as cpu:
+        for _ in range(4):
+            for array in (x, z):
+                np.copyto(array, drawn.standard_normal((N, N)).astype(np.float32))
+            want = cpu.run({"x": np.array(x), "z": np.array(z)})["y"]
+            session.run({"x": x, "z": z}, {"y": x})
+            np.testing.assert_allclose(np.asarray(x), want, rtol=1e-5, atol=1e-6)

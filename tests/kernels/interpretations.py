@@ -20,7 +20,7 @@ SUITES: Mapping[str, int] = {
     "conv": 75,
     "copies": 110,
     "decode": 164,
-    "destinations": 120,
+    "destinations": 126,
     "elementwise": 340,
     "gated": 78,
     "gpu_check": 15,
