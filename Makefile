@@ -43,7 +43,7 @@ test-kernels: $(VENV)/.with-test $(VENV)/.with-kernels  ## the Triton kernels, n
 	@$(PY) -m pytest -m "kernels and not large and not gpu"
 
 # Tests that look at compiled code and at launches; of those in the interpreter some of every kind of kernel.
-TRITON36      := $(wildcard tests/kernels/test_compile*.py) $(patsubst %,tests/kernels/test_%.py,assembler known_differences launch tensor_maps tile_table tma_choice tuning_tables)
+TRITON36      := $(wildcard tests/kernels/test_compile*.py) $(patsubst %,tests/kernels/test_%.py,assembler dependent known_differences launch tensor_maps tile_table tma_choice tuning_tables)
 TRITON36_RUNS := not batch- and not gpu_ and not networks- and not operators- or operators-0
 
 test-triton36:  ## the Triton kernels with Triton 3.6, no GPU: launched, compiled, some interpreted, in an environment of its own (.venv-triton36)

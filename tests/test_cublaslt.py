@@ -269,7 +269,7 @@ def test_products_are_alike_by_all_but_their_arrays() -> None:
 def test_a_launcher_has_it_where_it_is_installed_and_asked_for(
     monkeypatch: pytest.MonkeyPatch, library: FakeCublasLt, arch: int, nbytes: int
 ) -> None:
-    driver: Any = SimpleNamespace(version=lambda: 13000, target=lambda device: nominal_target(arch))
+    driver: Any = SimpleNamespace(version=lambda: 13000, target=lambda device: nominal_target(arch), launch_early=None)
 
     def made(**options: Any) -> CudaLauncher:
         return CudaLauncher(0, 0x50, driver=driver, **options)

@@ -339,7 +339,7 @@ def test_a_convolution_that_fails_says_so(library: FakeCudnn, launcher: Any) -> 
 
 
 def test_a_launcher_has_it_where_it_is_installed_and_asked_for(monkeypatch: Any, library: FakeCudnn) -> None:
-    driver: Any = SimpleNamespace(version=lambda: 13000, target=lambda device: nominal_target(90))
+    driver: Any = SimpleNamespace(version=lambda: 13000, target=lambda device: nominal_target(90), launch_early=None)
 
     def made(**options: Any) -> CudaLauncher:
         return CudaLauncher(0, 0x50, driver=driver, **options)

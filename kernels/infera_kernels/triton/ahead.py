@@ -14,6 +14,7 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from infera_kernels.launch import Launcher, target_of
+from infera_kernels.triton.indexing import INTERPRETED
 
 FETCHED = 1 << 23
 """Bytes that all programs of a kernel together fetch: what memory gives in the 2 µs between two kernels (assumed)."""
@@ -49,8 +50,8 @@ def ahead(
 
 @triton.jit
 def fetch(b, K, N, n, b_k, b_n, AHEAD: tl.constexpr):
-    """Has L2 fetch pieces of the matrix b (K, N) from column n on, none without AHEAD."""
-    if AHEAD is not None:
+    """Has L2 fetch pieces of the matrix b (K, N) from column n on, none without AHEAD, or in the interpreter."""
+    if AHEAD is not None and not INTERPRETED:
         k = tl.arange(0, AHEAD[0]) * AHEAD[2]
         n = n + tl.arange(0, AHEAD[1]) * AHEAD[3]
         at = b + k.to(tl.int64)[:, None] * b_k + n.to(tl.int64)[None, :] * b_n
@@ -67,8 +68,8 @@ def fetch(b, K, N, n, b_k, b_n, AHEAD: tl.constexpr):
 
 @triton.jit
 def begun(b, K, N, n, b_k, b_n, AHEAD: tl.constexpr):
-    """Fetches, and waits for the kernel in front; neither without AHEAD."""
+    """Fetches, and waits for the kernel in front; neither without AHEAD, or in the interpreter."""
     fetch(b, K, N, n, b_k, b_n, AHEAD)
-    if AHEAD is not None:
+    if AHEAD is not None and not INTERPRETED:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
