@@ -47,7 +47,5 @@ def _shared(step: Step, root: str) -> Iterator[str]:
         return
     for i, j in (*step.kernel.shares(step.placed.site), *((0, j) for j in step.kernel.inplace)):
         out, given = step.outs[i], step.ins[j] if j < len(step.ins) else None
-        if given is None or out.root != root or not (out.is_contiguous and given.is_contiguous):
-            continue
-        if (out.shape, out.dtype) == (given.shape, given.dtype):
+        if given is not None and out.root == root and out.is_contiguous and given.may_become(out):
             yield given.root

@@ -55,6 +55,10 @@ class Operand(NamedTuple):
             return True
         return all(d == 1 or s == w for d, s, w in zip(self.shape, self.strides, want, strict=True))
 
+    def may_become(self, other: Operand | TensorSpec) -> bool:
+        """Whether what a kernel makes in place of it, element by element, is a dense array like the other."""
+        return self.is_contiguous and (self.shape, self.dtype) == (other.shape, other.dtype)
+
     def bounds(self) -> tuple[int, int]:
         """First byte and one past the last byte that the window touches."""
         low = high = self.offset

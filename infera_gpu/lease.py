@@ -299,19 +299,19 @@ class Lease:
         arrays = self._on_device(plan, entering, out)
         if not arrays.given:
             return self._bind(plan)
-        found = self._bound_among(plan, arrays, len(out))
-        self._last = (self._key(plan, arrays), arrays)  # which keeps the arrays, so that their addresses stay theirs
+        key = self._key(plan, arrays)
+        found = self._bound_among(key, arrays, len(out))
+        self._last = (key, arrays)  # which keeps the arrays, so that their addresses stay theirs
         return found
 
-    def _bound_among(self, plan: Plan, arrays: Direct, wanted: int) -> Bound:
+    def _bound_among(self, key: _Key, arrays: Direct, wanted: int) -> Bound:
         """The plan bound to as many of these arrays as came before, if there are some."""
-        key, last = self._key(plan, arrays), self._last
+        plan, last = key[0], self._last
         repeats = len(arrays.given) == len(plan.inputs)
         if not self._known(key, last):  # outputs may be wanted elsewhere every time
-            repeats, arrays = False, Direct(arrays.given, NOWHERE)
-            key = self._key(plan, arrays)
+            repeats, arrays, key = False, Direct(arrays.given, NOWHERE), (*key[:2], ())
             if last is not None:
-                last = self._key(last[0][0], Direct(last[1].given, NOWHERE)), last[1]
+                last = (*last[0][:2], ()), last[1]
             if not self._known(key, last):
                 return self._bind(plan)
         if key == self._refused:

@@ -193,8 +193,7 @@ class _Lowering(Homes):
                 continue
             root = self.roots[operand.root]
             if (
-                (operand.shape, operand.dtype) == (spec.shape, spec.dtype)
-                and operand.is_contiguous
+                operand.may_become(spec)
                 and operand.offset == 0
                 and operand.nbytes == root.nbytes
                 and root.fixed is None

@@ -16,7 +16,7 @@ from infera_gpu.bind import Bound
 from infera_gpu.bodies import Inside, Nested
 from infera_gpu.constants import Constants
 from infera_gpu.devices import Device
-from infera_gpu.devices.base import CHECK_ABOVE, Given, require_host_memory
+from infera_gpu.devices.base import CHECK_ABOVE, Args, require_host_memory
 from infera_gpu.entry import Entering, Entry
 from infera_gpu.errors import DeviceError, InputError, OutOfMemoryError, PlanError
 from infera_gpu.feeds import not_feeds
@@ -150,9 +150,8 @@ class Running(ABC):
         """Measure tiles in runs with these feeds, within `tuning_left`, which that shortens."""
 
     def _check_out(self, feeds: object, out: Mapping[str, Array]) -> None:
-        if type(feeds) is not dict and not isinstance(
-            feeds, Mapping
-        ):  # the feeds may be in the place of `out`, as onnxruntime has them
+        # The feeds may be in the place of `out`, as onnxruntime has them.
+        if type(feeds) is not dict and not isinstance(feeds, Mapping):
             raise not_feeds(feeds)
         if type(out) is not dict and not isinstance(out, Mapping):
             raise InputError(
@@ -350,7 +349,7 @@ class Running(ABC):
         if self._closed:
             raise DeviceError(f"the session of '{self.name}' is closed")
 
-    def _with_lease(self, work: Callable[[Lease, *Given], T], *given: *Given) -> T:
+    def _with_lease(self, work: Callable[[Lease, *Args], T], *args: *Args) -> T:
         """What `work` makes of memory that nothing else uses meanwhile."""
         run = object()
         try:
@@ -359,7 +358,7 @@ class Running(ABC):
             if lease is None:
                 lease = self._leases[memory] = Lease(self.device, self._constants, memory, self._stages.bound)
                 lease.begin_with(self.most)
-            made = work(lease, *given)
+            made = work(lease, *args)
             if self._arena.serves_others(self.device):
                 self.device.synchronize()  # another session's device may have a stream of its own
             return made

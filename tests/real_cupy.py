@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.budget import VramBudget
-from infera_gpu.devices.base import Given, host_block, quiet_numpy
+from infera_gpu.devices.base import Args, host_block, quiet_numpy
 from infera_gpu.devices.cuda import CudaDevice
 from infera_gpu.devices.graphs import Calls
 from infera_gpu.devices.ports import DirectPorts, Ports
@@ -55,9 +55,9 @@ class HostCudaDevice(CudaDevice):
         self.channels_last, self.kinds = True, ("triton", "cupy")
         self._launcher, self._tiles = launcher or RecordingLauncher(), None
 
-    def launch(self, run: Callable[[*Given], None], *given: *Given) -> None:
+    def launch(self, run: Callable[[*Args], None], *args: *Args) -> None:
         with self.running():
-            run(*given)
+            run(*args)
 
     @contextmanager
     def running(self) -> Iterator[None]:

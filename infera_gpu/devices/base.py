@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from infera_gpu.devices.timing import Timer
     from infera_kernels.tuning import DeviceTiles, Tuned
 
-Given = TypeVarTuple("Given")
+Args = TypeVarTuple("Args")
 
 UFUNC_BUFFER = 64
 """Elements. NumPy's ufuncs take buffers of this size for operands that they cannot walk in one stride or must cast;
@@ -154,7 +154,7 @@ class Device(Protocol):
         """What binding and running happen in: the thread's current GPU and stream, NumPy's settings."""
         ...
 
-    def launch(self, run: Callable[[*Given], None], *given: *Given) -> None:
+    def launch(self, run: Callable[[*Args], None], *args: *Args) -> None:
         """Make the call as in `running`, where it only launches on the device and copies: nothing is allocated there,
         or computed on the host."""
         ...

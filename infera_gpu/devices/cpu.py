@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from infera_gpu.devices import processes
-from infera_gpu.devices.base import Given, compute_into, host_block, host_copy, host_view, quiet_numpy
+from infera_gpu.devices.base import Args, compute_into, host_block, host_copy, host_view, quiet_numpy
 from infera_gpu.devices.ports import HostPorts, Ports
 from infera_gpu.devices.processes import POOL
 from infera_gpu.devices.sending import SHARED_ABOVE, Region
@@ -93,9 +93,9 @@ class CpuDevice:
             WORKERS.enter(self, self.threads)
         return _WithProcesses() if self._shares else quiet_numpy()
 
-    def launch(self, run: Callable[[*Given], None], *given: *Given) -> None:
+    def launch(self, run: Callable[[*Args], None], *args: *Args) -> None:
         with self.running():
-            run(*given)
+            run(*args)
 
     def parallel(self, parts: Sequence[Iterable[Call]]) -> list[Call]:
         if self.threads == 1 or len(parts) < 2:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.budget import VramBudget
-from infera_gpu.devices.base import Given, compute_into, host_memory, host_view, out_of_host_memory, quiet_numpy
+from infera_gpu.devices.base import Args, compute_into, host_memory, host_view, out_of_host_memory, quiet_numpy
 from infera_gpu.devices.cuda_current import Current
 from infera_gpu.devices.graphs import CapturedCalls, Turnstile
 from infera_gpu.devices.ipc import SharedVram
@@ -235,7 +235,7 @@ class CudaDevice:
             with self._stream, self.xp.cuda.using_allocator(self._vram.pool.malloc):
                 yield
 
-    def launch(self, run: Callable[[*Given], None], *given: *Given) -> None:
+    def launch(self, run: Callable[[*Args], None], *args: *Args) -> None:
         if self.index in _lost:
             self._refuse_lost()
         with self._turnstile:
@@ -243,7 +243,7 @@ class CudaDevice:
                 with self._device:
                     self._wait_for_caller()
                     with self._stream:
-                        run(*given)
+                        run(*args)
             except Exception as error:
                 self._raise_for(error, "a run")
                 raise

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.budget import VramBudget
-from infera_gpu.devices.base import Given, compute_into, host_block, host_copy, host_view, quiet_numpy
+from infera_gpu.devices.base import Args, compute_into, host_block, host_copy, host_view, quiet_numpy
 from infera_gpu.devices.graphs import Calls
 from infera_gpu.devices.ports import DirectPorts, Ports
 from infera_gpu.devices.timing import Timer
@@ -94,9 +94,9 @@ class RecordingDevice:
     def running(self) -> AbstractContextManager[None]:
         return quiet_numpy()
 
-    def launch(self, run: Callable[[*Given], None], *given: *Given) -> None:
+    def launch(self, run: Callable[[*Args], None], *args: *Args) -> None:
         with self.running():
-            run(*given)
+            run(*args)
 
     def parallel(self, parts: Sequence[Iterable[Call]]) -> list[Call]:
         return one_after_the_other(parts)

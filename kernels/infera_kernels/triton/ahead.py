@@ -15,6 +15,7 @@ from triton.language.extra import cuda
 
 from infera_kernels.launch import Launcher, target_of
 from infera_kernels.triton.indexing import INTERPRETED
+from infera_kernels.triton.products import block_at
 
 FETCHED = 1 << 23
 """Bytes that all programs of a kernel together fetch: what memory gives in the 2 µs between two kernels (assumed)."""
@@ -33,11 +34,19 @@ Ahead: TypeAlias = tuple[int, int, int, int]
 
 
 def ahead(
-    launcher: Launcher, programs: int, wide: int, itemsize: int, axis: str, *, invariant: bool = False
+    launcher: Launcher,
+    programs: int,
+    wide: int,
+    itemsize: int,
+    axis: str,
+    *,
+    rows: int = 1,
+    invariant: bool = False,
 ) -> Ahead | None:
     """What each of so many programs fetches that begin with `wide` columns of a matrix whose `axis` "k" or "n" is
-    contiguous; None where neither is, where kernels do not come early, and where all have to be the same binary."""
-    if not target_of(launcher).pdl or axis not in ("k", "n") or invariant:
+    contiguous; None where neither is, where that is multiplied by many rows, where kernels do not come early, and where
+    all have to be the same binary."""
+    if not target_of(launcher).pdl or axis not in ("k", "n") or rows > FEW_ROWS or invariant:
         return None
     wanted = FETCHED // PIECE // max(programs, 1)
     pieces = 1 << (max(LEAST, min(wanted, MOST)).bit_length() - 1)
@@ -54,7 +63,7 @@ def fetch(b, K, N, n, b_k, b_n, AHEAD: tl.constexpr):
     if AHEAD is not None and not INTERPRETED:
         k = tl.arange(0, AHEAD[0]) * AHEAD[2]
         n = n + tl.arange(0, AHEAD[1]) * AHEAD[3]
-        at = b + k.to(tl.int64)[:, None] * b_k + n.to(tl.int64)[None, :] * b_n
+        at = block_at(b, k, n, b_k, b_n)
         there = (k < K)[:, None] & (n < N)[None, :]
         tl.inline_asm_elementwise(
             "{ .reg .pred there; setp.ne.s32 there, $2, 0; @there prefetch.global.L2 [$1]; mov.b32 $0, 0; }",

@@ -293,13 +293,11 @@ def conv(
         "BK": tile.k,
         "GROUP": GROUP,
         "WHOLE": (c * where.taps if flat and not transposed else c) % tile.k == 0,
-        "AHEAD": None,
     }
     grid = (splits * phases * groups * ceil_div(m, tile.m) * ceil_div(f, tile.n),)
     _, (deep,) = coalesce(tuple(w.shape[1:]), [element_strides(w)[1:]])
-    if m <= FEW_PIXELS and not transposed:
-        axis = "k" if deep == (1,) else "-"
-        constexprs["AHEAD"] = ahead(launcher, grid[0], tile.n, w.dtype.itemsize, axis, invariant=invariant)
+    axis = "k" if deep == (1,) and m <= FEW_PIXELS and not transposed else "-"
+    constexprs["AHEAD"] = ahead(launcher, grid[0], tile.n, w.dtype.itemsize, axis, invariant=invariant)
     args = of_batch(args, "M", invariant=invariant)
     call = launcher.launch(conv_kernel, grid, args, constexprs, num_warps=tile.warps, num_stages=tile.stages)
     return [call] if parts is None else [call, _join(parts, target, out, finish, launcher, invariant=invariant)]

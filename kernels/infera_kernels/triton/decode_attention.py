@@ -47,8 +47,8 @@ class Step:
     An entry has `before` keys before its first new one, or, where that is None, `lengths` + 1 in all, new ones
     included. Those come from the past as far as it reaches, are zeros beyond, and go to the presents with the new ones
     after them and then zeros. Presents in the very place of the pasts get the new ones, and else keep what they have.
-    What is seen ends with the entry's length, where there are lengths, and with `keys`; if
-    `causal`, with the query's own key.
+    What is seen ends with the entry's length, where there are lengths, and with `keys`; if `causal`, with the query's
+    own key.
 
     With `cos` and `sin` (rows, width / 2) the first `width` elements of queries and new keys are turned, by the row of
     their position, or of `places` (batch, L), held to the tables'. Pairs are half a width apart, or neighbours where

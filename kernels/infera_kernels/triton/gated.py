@@ -15,7 +15,7 @@ from typing import Any
 
 from infera_kernels.calls import Call
 from infera_kernels.launch import Launcher, Target, Typed, target_of
-from infera_kernels.triton.ahead import FEW_ROWS, ahead
+from infera_kernels.triton.ahead import ahead
 from infera_kernels.triton.elementwise import UNARY
 from infera_kernels.triton.gated_kernels import gated_kernel, gated_row_kernel
 from infera_kernels.triton.invariance import rows_seen
@@ -174,8 +174,8 @@ def gated(
     wide = tile.n // MATRICES
     known = {"ACT": act, "PRECISION": precision, "GROUP": GROUP, "BM": tile.m, "BN": wide, "BK": tile.k}
     grid = (products * ceil_div(m, tile.m) * ceil_div(n, wide),)
-    known |= {"WHOLE_K": k % tile.k == 0, "AHEAD": None}
-    if m <= FEW_ROWS:
-        known["AHEAD"] = ahead(launcher, MATRICES * grid[0], wide, ITEMSIZE[kind], layout[-1], invariant=invariant)
+    programs = MATRICES * grid[0]
+    fetched = ahead(launcher, programs, wide, ITEMSIZE[kind], layout[-1], rows=m, invariant=invariant)
+    known |= {"WHOLE_K": k % tile.k == 0, "AHEAD": fetched}
     how = {"num_warps": tile.warps, "num_stages": tile.stages}
     return [launched(launcher, gated_kernel, grid, args, known, invariant=invariant, **how)]

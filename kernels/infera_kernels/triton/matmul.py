@@ -11,7 +11,7 @@ import numpy as np
 from infera_kernels.calls import Call
 from infera_kernels.launch import Const, Launcher, Typed, library_of, target_of
 from infera_kernels.launch.cublaslt import Product
-from infera_kernels.triton.ahead import FEW_ROWS, ahead
+from infera_kernels.triton.ahead import ahead
 from infera_kernels.triton.blas import product_of
 from infera_kernels.triton.elementwise import UNARY
 from infera_kernels.triton.invariance import of_batch, rows_seen
@@ -272,10 +272,8 @@ def _sums(
         "BN": tile.n,
         "BK": tile.k,
         "WHOLE_K": k % tile.k == 0,
-        "AHEAD": None,
+        "AHEAD": ahead(launcher, math.prod(grid), tile.n, item, axes[-1], rows=m, invariant=invariant),
     }
-    if m <= FEW_ROWS:
-        known["AHEAD"] = ahead(launcher, math.prod(grid), tile.n, item, axes[-1], invariant=invariant)
     how = {"num_warps": tile.warps, "num_stages": tile.stages}
     return launched(launcher, matmul_kernel, grid, args, known, invariant=invariant, **how)
 
