@@ -3,6 +3,7 @@ which come last: their processes begin with the session and leave the others a p
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ from importlib.util import find_spec
 import pytest
 
 from infera_kernels.launch import InterpreterLauncher
+from infera_kernels.launch.assembler import VARIABLE
 from tests.kernels import known_differences
 from tests.kernels.interpretations import RUNS, Reports, interpreting, place_of
 from tests.kernels.watching import WatchingLauncher
@@ -44,6 +46,17 @@ def known(request: pytest.FixtureRequest) -> Iterator[known_differences.Differen
     found = known_differences.of(request.node.nodeid, version("triton") if find_spec("triton") else "")
     with known_differences.allowed(found):
         yield found
+
+
+@pytest.fixture(autouse=True)
+def assembler_restored() -> Iterator[None]:
+    """The assembler that a launcher chose for a test's old driver is not the next test's."""
+    before = os.environ.get(VARIABLE)
+    yield
+    if before is None:
+        os.environ.pop(VARIABLE, None)
+    else:
+        os.environ[VARIABLE] = before
 
 
 @pytest.fixture
