@@ -103,7 +103,7 @@ OPERATIONS: Mapping[str, Count] = {
             *("MatMul", "infera.FusedMatMul", "infera.NarrowMatMul", "Gemm", "com.microsoft.FusedGemm"),
             *("com.microsoft.FusedMatMul", "MatMulInteger", "QLinearMatMul", "com.microsoft.MatMulIntegerToFloat"),
             *("com.microsoft.DynamicQuantizeMatMul", "com.microsoft.QGemm", "com.microsoft.MatMulNBits"),
-            "infera.QuantizedMatMul",
+            *("infera.QuantizedMatMul", "infera.NormalizedMatMul"),
         ),
         _product,
     ),
@@ -141,6 +141,10 @@ APPENDED: Mapping[str, Callable[[Site], float]] = {
 """Operator -> the share of an output in the place of an input that it writes: of caches, the new tokens."""
 
 
+BEFORE = frozenset({"infera.NormalizedMatMul", "infera.GatedMatMul"})
+"""Operators that may prepare input 0 in a launch of its own: it is written, and read again."""
+
+
 def arithmetic_of(dtype: np.dtype[np.generic], *, tf32: bool) -> str:
     """What multiplies operands of a type."""
     if dtype.itemsize == 1:
@@ -174,6 +178,9 @@ def work_of(step: Step, launches: int, *, tf32: bool = False, kept: Collection[s
         if count is not None:
             operations = count(step.placed.site)
             arithmetic = arithmetic_of(step.placed.site.spec(0).dtype, tf32=tf32)
+            if name in BEFORE and launches > 1:
+                spec = step.placed.site.spec(0)
+                written += 2 * spec.size * spec.dtype.itemsize
     return Work(step.label, arithmetic, operations, sum(read.values()) + written, launches)
 
 

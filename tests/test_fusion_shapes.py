@@ -15,14 +15,14 @@ from infera_gpu.devices import open_device
 from infera_gpu.errors import InferaError
 from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.loader import load_graph
-from infera_gpu.passes import FUSIONS, QUANTIZED, SIBLINGS
+from infera_gpu.passes import FUSIONS, LAST, QUANTIZED, SIBLINGS
 from infera_gpu.passes.engine import Rewrite, apply
 from infera_gpu.passes.siblings import Siblings, joined
 from infera_gpu.session import Session
 from infera_gpu.spec import TensorSpec, onnx_of_dtype, tensors_of
 from tests.text import parse
 
-ALL: tuple[Rewrite, ...] = (*QUANTIZED, *FUSIONS, *SIBLINGS)
+ALL: tuple[Rewrite, ...] = (*QUANTIZED, *FUSIONS, *SIBLINGS, *LAST)
 EACH = pytest.mark.parametrize("fusion", [pytest.param(f, id=f.name) for f in ALL])
 FLOAT = np.dtype(np.float32)
 

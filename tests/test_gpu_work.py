@@ -64,6 +64,18 @@ def test_a_gated_product_is_two() -> None:
     assert work.nbytes == 4 * (5 * 7 + 2 * 7 * 3 + 5 * 3)
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize(("rows", "between"), [(1, 0), (5, 2 * 5 * 700)])
+def test_rows_that_are_normalised_before_are_moved_once_more(rows: int, between: int) -> None:
+    text = f"""g (float[{rows}, 700] x, float[700, 9] w, float[700] s) => (float[{rows}, 9] y) {{
+        y = infera.NormalizedMatMul(x, w, s)
+    }}"""
+    work = of_text(text, x=(rows, 700), w=(700, 9), s=(700,))
+    assert work.operations == 2 * rows * 700 * 9
+    assert work.nbytes == 4 * (rows * 700 + 700 * 9 + 700 + rows * 9 + between)
+    assert work.launches >= 2 - (rows == 1)
+
+
 def test_operands_count_once() -> None:
     work = of_text("g (float[4, 4] a) => (float[4, 4] y) { y = MatMul(a, a) }", a=(4, 4))
     assert work.nbytes == 2 * 4 * 4 * 4

@@ -14,7 +14,7 @@ from infera_gpu.devices import open_device
 from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.loader import load_graph
 from infera_gpu.ops import registry
-from infera_gpu.passes import FUSIONS, QUANTIZED, SIBLINGS, Fired
+from infera_gpu.passes import FUSIONS, LAST, QUANTIZED, SIBLINGS, Fired
 from infera_gpu.passes.engine import Either, Fusion, Rewrite, apply, node
 from infera_gpu.passes.pattern import Arg, P
 from infera_gpu.passes.siblings import Siblings, joined
@@ -23,7 +23,7 @@ from infera_gpu.session import Session
 from infera_gpu.spec import TensorSpec, tensors_of
 from tests.text import parse
 
-ALL: tuple[Rewrite, ...] = (*QUANTIZED, *FUSIONS, *SIBLINGS)
+ALL: tuple[Rewrite, ...] = (*QUANTIZED, *FUSIONS, *SIBLINGS, *LAST)
 EXAMPLES = [pytest.param(f, id=f.name) for f in ALL]
 NEAR_MISSES = [
     pytest.param(f, text, id=f"{f.name}-{text.split('(')[0].strip()}") for f in ALL for text in f.near_misses

@@ -67,6 +67,7 @@ ms_standard com.microsoft.Unique
 ms_windows com.microsoft.NhwcMaxPool com.microsoft.QLinearConv
 norm GroupNormalization InstanceNormalization LRN LayerNormalization LpNormalization
 norm MeanVarianceNormalization RMSNormalization
+normalized infera.NormalizedMatMul
 pad Pad
 pool AveragePool GlobalAveragePool GlobalLpPool GlobalMaxPool LpPool MaxPool
 quant DequantizeLinear DynamicQuantizeLinear QuantizeLinear com.microsoft.DequantizeLinear

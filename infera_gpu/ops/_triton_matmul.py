@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ def _terms(site: Site) -> tuple[TensorSpec | None, TensorSpec | None]:
     return before, after
 
 
-def _parts(site: Site) -> int:
+def parts_of_sums(site: Site) -> int:
     """Into how many parts the sums are cut."""
     from infera_kernels.triton.parts import parts_of
 
@@ -48,8 +49,8 @@ def _library_bytes(site: Site) -> int:
     return library_bytes(site.tuned, rows, b[-2], site.attrs.get("activation") or None) if math.prod(out) else 0
 
 
-def _workspace(site: Site) -> int:
-    parts = _parts(site)
+def product_workspace(site: Site) -> int:
+    parts = parts_of_sums(site)
     return aligned(parts * site.outs[0].size * 4 if parts > 1 else _library_bytes(site))
 
 
@@ -69,40 +70,50 @@ def _supports_product(site: Site) -> bool:
 def _bind_product(site: Site, io: Buffers) -> list[Call]:
     """One launch; a second adds what follows an activation, or is one term too many for the first."""
     from infera_kernels.triton import elementwise
-    from infera_kernels.triton.matmul import matmul
-    from infera_kernels.triton.tiles import IEEE, TF32
 
-    a, b = transposed(io.ins[0], site.attrs.get("transA")), right_factor(site, io)
-    shapes = matrices(site)
-    out = io.outs[0]
+    a, out = transposed(io.ins[0], site.attrs.get("transA")), io.outs[0]
     activation, beta = site.attrs.get("activation") or None, float(site.attrs.get("beta", 1.0))
     before, after = (*io.ins[2:], None, None)[:2]
     # In a batch of one a term for every row looks like a row for all of them; those are known.
     rows = before is not None and not (site.batch_invariant and site.value(2) is None)
-    row = before if rows and beta == 1.0 and _is_row(before, shapes[2][-1]) else None
+    row = before if rows and beta == 1.0 and is_row(before, matrices(site)[2][-1]) else None
     residual = before if row is None else None
     if residual is None and activation is None:
         residual, after = after, None
-    left, right, made = (x.reshape(shape) for x, shape in zip((a, b, out), shapes, strict=True))
-    parts = _parts(site)
-    room = 0 if parts > 1 else _library_bytes(site)
-    calls = matmul(
-        left,
-        right,
-        made,
-        io.launcher,
+    calls = multiplied(
+        site,
+        io,
+        a,
         bias=None if row is None else row.reshape(-1),
         residual=residual,
         alpha=float(site.attrs.get("alpha", 1.0)),
         beta=beta,
         activation=activation,
+    )
+    return calls if after is None else [*calls, *elementwise.binary("add", out, after, out, io.launcher)]
+
+
+def multiplied(site: Site, io: Buffers, a: Array, **terms: Any) -> list[Call]:
+    """The product of `a`, in the place of input 0, and input 1, with the terms that `matmul` knows."""
+    from infera_kernels.triton.matmul import matmul
+    from infera_kernels.triton.tiles import IEEE, TF32
+
+    given, out = (a, right_factor(site, io), io.outs[0]), io.outs[0]
+    left, right, made = (x.reshape(shape) for x, shape in zip(given, matrices(site), strict=True))
+    parts = parts_of_sums(site)
+    room = 0 if parts > 1 else _library_bytes(site)
+    return matmul(
+        left,
+        right,
+        made,
+        io.launcher,
         precision=TF32 if io.tf32 else IEEE,
         partial=io.scratch((parts, out.size), np.float32) if parts > 1 else None,
         workspace=io.scratch((room,), np.uint8) if room else None,
         invariant=site.batch_invariant,
         tuned=site.tuned,
+        **terms,
     )
-    return calls if after is None else [*calls, *elementwise.binary("add", out, after, out, io.launcher)]
 
 
 def right_factor(site: Site, io: Buffers, i: int = 1) -> Array:
@@ -114,13 +125,13 @@ def right_factor(site: Site, io: Buffers, i: int = 1) -> Array:
     return transposed(io.ins[i], flip)
 
 
-def _is_row(term: Array, columns: int) -> bool:
+def is_row(term: Array, columns: int) -> bool:
     """Whether it is one contiguous row of so many elements, added everywhere."""
     itemsize = term.dtype.itemsize
     return bool(term.size == columns and term.shape[-1:] == (columns,) and term.strides[-1] == itemsize)
 
 
-PRODUCT = kernels(_bind_product, _supports_product, inplace=(), strided=True, workspace=_workspace)
+PRODUCT = kernels(_bind_product, _supports_product, inplace=(), strided=True, workspace=product_workspace)
 """MatMul, Gemm and FusedMatMul: act(alpha A' @ B' + beta input 2) + input 3, each part where there is such an input."""
 
 OPS: tuple[Op, ...] = ()

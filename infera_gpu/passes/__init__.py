@@ -40,6 +40,7 @@ from infera_gpu.passes import (
     norm_apart,
     norm_batch,
     norm_factors,
+    normalized,
     pad,
     pairs,
     products,
@@ -144,6 +145,9 @@ FUSIONS = Fusions(
 SIBLINGS: tuple[Siblings, ...] = products.SIBLINGS + products_integer.SIBLINGS
 """Applied to what fusions leave."""
 
+LAST = Fusions(*normalized.FUSIONS)
+"""Applied to what those leave."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fired:
@@ -193,6 +197,7 @@ class _Passes:
             if siblings.fits(self.strict, self.kinds):
                 before, (graph, times) = graph, joined(graph, siblings)
                 self.tell(siblings.name, times, self.ops(before), self.ops(graph))
+        graph = self.fused(graph, LAST)
         if "triton" in self.kinds and not self.strict:
             graph = self.changed("quantized_norms", graph, quantized_norms(graph))
         if precision in HALVES:

@@ -84,7 +84,7 @@ _NORMS = (
 _POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
 _PRODUCTS = (
     *("MatMul", "Gemm", "Conv", "ConvTranspose", "infera.FusedMatMul", "infera.FusedConv"),
-    "infera.GatedMatMul",
+    *("infera.GatedMatMul", "infera.NormalizedMatMul"),
     *("com.microsoft.FusedMatMul", "com.microsoft.FusedGemm", "com.microsoft.FusedConv"),
 )
 _ATTENTION = {"Attention": 6, "infera.Attention": 4, "com.microsoft.MultiHeadAttention": 4}

@@ -222,7 +222,7 @@ _OTHERS = (
     *("ReduceL1", "ReduceLogSumExp", "ReduceLogSum", "LpPool"),
 )
 _PRODUCTS = (
-    *("MatMul", "infera.GatedMatMul"),
+    *("MatMul", "infera.GatedMatMul", "infera.NormalizedMatMul"),
     *("com.microsoft.FusedMatMul", "com.microsoft.TransposeMatMul"),
 )
 _ATTENTIONS = (

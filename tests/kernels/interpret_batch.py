@@ -126,6 +126,8 @@ FAMILIES = (
     Family("epilogue", "FusedMatMul", ((B, 300), (300, 24), (24,)), {"activation": "gelu"}, OURS, BRAIN),
     Family("terms", "FusedMatMul", ((B, 64), (64, 24), (B, 24), (B, 24)), {}, OURS, HALF, without="bits"),
     Family("gated", "GatedMatMul", ((B, 3, 300), (300, 24), (300, 24)), {}, OURS, HALF),
+    Family("gated-normalized", "GatedMatMul", ((B, 300), (300, 24), (300, 24), (300,)), {}, OURS, HALF, "bits"),
+    Family("normalized", "NormalizedMatMul", ((B, 300), (300, 24), (300,), (24,)), {}, OURS, without="bits"),
     Family(
         "few-bits",
         "MatMulNBits",

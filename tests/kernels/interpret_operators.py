@@ -64,7 +64,7 @@ def test_kernel(op: Op, case: Case, variants: list[Variant], interpreter: Interp
                 assert_close(got, w, case.tol, f"output {i} {options}")
 
 
-NAMES = ("MatMul", "Gemm", "FusedMatMul", "GatedMatMul")
+NAMES = ("MatMul", "Gemm", "FusedMatMul", "GatedMatMul", "NormalizedMatMul")
 PRODUCTS = [row for row in COVERED if row[0].name in NAMES and row[0].domain != "com.microsoft"]
 
 
@@ -109,7 +109,8 @@ def test_families_are_covered() -> None:
         "TopK": 8,
         "MatMul": 9,
         "FusedMatMul": 12,
-        "GatedMatMul": 13,
+        "GatedMatMul": 16,
+        "NormalizedMatMul": 9,
         "Conv": 23,
         "FusedConv": 26,
         "FusedConvNHWC": 40,

@@ -6,6 +6,7 @@ import triton.language as tl
 from infera_kernels.triton.ahead import begun, fetch
 from infera_kernels.triton.indexing import INTERPRETED, store_type
 from infera_kernels.triton.products import block_at, columns_of, in_batch, place_of
+from infera_kernels.triton.reductions import inverse_deviation
 
 
 @triton.jit
@@ -31,6 +32,7 @@ def gated_row_kernel(
     a,
     gate,
     up,
+    scale,
     out,
     N,
     K,
@@ -43,15 +45,17 @@ def gated_row_kernel(
     up_k,
     up_n,
     out_n,
+    scale_k,
     act_alpha,
     act_beta,
+    epsilon,
     ACT: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """out = ACT(a @ gate) * (a @ up) of one row a, BN columns of both matrices a program: see
+    """out = ACT(a @ gate) * (a @ up) of one row a, normalised with `scale`, BN columns of both matrices a program: see
     `skinny.matvec_kernel`."""
     row, column = columns_of(N, BN)
     row, n = row.to(tl.int64), column + tl.arange(0, BN)
@@ -66,16 +70,29 @@ def gated_row_kernel(
     step = tl.full([], BK, tl.int64)
     gates = tl.full((BK, BN), 0.0, tl.float32)
     ups = tl.full((BK, BN), 0.0, tl.float32)
+    if scale is not None:
+        scale_at = scale + k.to(tl.int64) * scale_k
+        squares = tl.full((BK,), 0.0, tl.float32)
     for start in tl.range(0, K, BK, num_stages=STAGES):
         within = k < K - start
         inside = within[:, None] & (n < N)[None, :]
-        x = tl.load(a_at, mask=within, other=0.0).to(tl.float32)[:, None]
+        x = tl.load(a_at, mask=within, other=0.0).to(tl.float32)
+        if scale is not None:
+            squares += x * x
+            x *= tl.load(scale_at, mask=within, other=0.0).to(tl.float32)
+            scale_at += step * scale_k
+        x = x[:, None]
         gates += x * tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
         ups += x * tl.load(up_at, mask=inside, other=0.0).to(tl.float32)
         a_at += step * a_k
         gate_at += step * gate_k
         up_at += step * up_k
-    made = gate_of(tl.sum(gates, axis=0), tl.sum(ups, axis=0), act_alpha, act_beta, ACT)
+    gates, ups = tl.sum(gates, axis=0), tl.sum(ups, axis=0)
+    if scale is not None:
+        factor = inverse_deviation(tl.sum(squares, axis=0), None, K, epsilon)
+        gates *= factor
+        ups *= factor
+    made = gate_of(gates, ups, act_alpha, act_beta, ACT)
     tl.store(out + n.to(tl.int64) * out_n, store_type(made, out), mask=n < N)
 
 

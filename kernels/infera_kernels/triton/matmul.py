@@ -24,6 +24,7 @@ from infera_kernels.triton.layout import (
     coalesce,
     element_strides,
     fold,
+    fold_one,
     name_of,
     next_power_of_two,
 )
@@ -92,6 +93,26 @@ def supports_matmul(
     )
 
 
+def normalizes(out: Typed, *, invariant: bool = False) -> bool:
+    """Whether a product is of one row, which its kernel can normalise: all of the row passes through each program."""
+    return math.prod(out.shape[:-1]) == 1 and not invariant
+
+
+def check_scale(name: str, scale: Any, a: Any, can: bool) -> None:
+    """Raises ValueError where a product cannot normalise a with `scale`."""
+    if not can:
+        raise ValueError(f"{name}: normalises one row, whose sums are whole, not {name_of(a)}{list(a.shape)}")
+    if tuple(scale.shape) != (a.shape[-1],) or name_of(scale) not in FLOATS:
+        raise ValueError(f"{name}: scale is {name_of(scale)}{list(scale.shape)}, expected {a.shape[-1]} floats")
+
+
+def scaling(scale: Any, epsilon: float) -> dict[str, Any]:
+    """The arguments of kernels of one row that say how it is normalised, None without `scale` or elements."""
+    if scale is None or 0 in scale.shape:
+        return dict.fromkeys(("scale", "scale_k", "epsilon"))
+    return {"scale": scale, "scale_k": fold_one(element_strides(scale)[0]), "epsilon": float(epsilon)}
+
+
 def matmul(
     a: Any,
     b: Any,
@@ -105,6 +126,8 @@ def matmul(
     activation: str | None = None,
     act_alpha: float | None = None,
     act_beta: float | None = None,
+    scale: Any = None,
+    epsilon: float = 0.0,
     precision: str = IEEE,
     tile: Tile | None = None,
     partial: Any = None,
@@ -119,7 +142,8 @@ def matmul(
     what is `tuned`, or predicted. K of 0 gives the epilogue of zeros. `partial`, float32 scratch of shape
     (`parts.parts_of(a, b, out)`, out.size), cuts the sums into so many parts. With a `workspace`, scratch of
     `blas.library_bytes`, the product may be cuBLASLt's. `invariant` rows are the same bits however many there are;
-    nothing is tuned for them.
+    nothing is tuned for them. With `scale` (K,), the row a of a product that `normalizes` is multiplied by it and
+    divided by sqrt(mean(a^2) + epsilon) first.
     """
     if not supports_matmul(a, b, out, bias, residual, activation):
         given = ", ".join(f"{name_of(x)}{list(x.shape)}" for x in (a, b, out, bias, residual) if x is not None)
@@ -130,6 +154,8 @@ def matmul(
         (bias_stride,) = element_strides(bias)
         if bias_stride != 1 and bias.shape[0] > 1:
             raise ValueError(f"matmul: bias must be contiguous, its stride is {bias_stride}")
+    if scale is not None:
+        check_scale("matmul", scale, a, partial is None and tile is None and normalizes(out, invariant=invariant))
     shape = tuple(out.shape)
     if 0 in shape:
         return []
@@ -165,6 +191,7 @@ def matmul(
         "K": k,
         "depth": None,
         "out_split": None,
+        **scaling(scale, epsilon),
         **dict(zip(("a_m", "a_k"), fold(a_strides[-2:]), strict=True)),
         **dict(zip(("b_k", "b_n"), fold(b_strides[-2:]), strict=True)),
     }

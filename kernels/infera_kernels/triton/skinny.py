@@ -13,6 +13,7 @@ from infera_kernels.triton.ahead import begun
 from infera_kernels.triton.indexing import store_type
 from infera_kernels.triton.layout import next_power_of_two
 from infera_kernels.triton.products import block_at, columns_of, finished, in_batch, part_of
+from infera_kernels.triton.reductions import inverse_deviation
 from infera_kernels.tuning import Family, Problem
 from infera_kernels.tuning.choice import REMEMBERED
 from infera_kernels.tuning.cost import ITEMSIZE, Strip, row_cycles
@@ -25,6 +26,7 @@ def matvec_kernel(
     out,
     bias,
     residual,
+    scale,
     N,
     K,
     depth,
@@ -38,11 +40,13 @@ def matvec_kernel(
     b_n,
     out_n,
     residual_n,
+    scale_k,
     out_split,
     alpha,
     beta,
     act_alpha,
     act_beta,
+    epsilon,
     ACT: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -52,7 +56,8 @@ def matvec_kernel(
     """out = ACT(alpha * a @ b + bias + beta * residual) of one row a, BN columns a program; with `depth` the sums of
     part program_id(1). Every thread adds up its own elements, and they are added once. The next STAGES - 1 blocks are
     on their way to shared memory meanwhile; with one stage, elements are loaded into registers when they are due.
-    AHEAD: see `ahead`."""
+    With `scale`, of K elements, a is scaled and divided by its root mean square: one number for all columns,
+    known when all of a has been read, which is when the sums are. AHEAD: see `ahead`."""
     matrix, column = columns_of(N, BN)
     matrix, n = matrix.to(tl.int64), column + tl.arange(0, BN)
     k = tl.arange(0, BK)
@@ -67,14 +72,23 @@ def matvec_kernel(
     b_at = block_at(b, k, n, b_k, b_n)
     step = tl.full([], BK, tl.int64)
     sums = tl.full((BK, BN), 0.0, tl.float32)
+    if scale is not None:
+        scale_at = scale + k.to(tl.int64) * scale_k
+        squares = tl.full((BK,), 0.0, tl.float32)
     for start in tl.range(0, K, BK, num_stages=STAGES):
         within = k < K - start
         x = tl.load(a_at, mask=within, other=0.0).to(tl.float32)
         y = tl.load(b_at, mask=within[:, None] & (n < N)[None, :], other=0.0).to(tl.float32)
+        if scale is not None:
+            squares += x * x
+            x *= tl.load(scale_at, mask=within, other=0.0).to(tl.float32)
+            scale_at += step * scale_k
         sums += x[:, None] * y
         a_at += step * a_k
         b_at += step * b_k
     acc = tl.sum(sums, axis=0)[None, :]
+    if scale is not None:
+        acc *= inverse_deviation(tl.sum(squares, axis=0), None, K, epsilon)
     m = tl.arange(0, 1)
     inside = (n < N)[None, :]
     acc = finished(acc, bias, residual, m, n, inside, 0, residual_n, alpha, beta, act_alpha, act_beta, ACT)
