@@ -103,7 +103,7 @@ OPERATIONS: Mapping[str, Count] = {
             *("MatMul", "infera.FusedMatMul", "infera.NarrowMatMul", "Gemm", "com.microsoft.FusedGemm"),
             *("com.microsoft.FusedMatMul", "MatMulInteger", "QLinearMatMul", "com.microsoft.MatMulIntegerToFloat"),
             *("com.microsoft.DynamicQuantizeMatMul", "com.microsoft.QGemm", "com.microsoft.MatMulNBits"),
-            *("infera.QuantizedMatMul", "infera.NormalizedMatMul"),
+            *("infera.QuantizedMatMul", "infera.NormalizedMatMul", "infera.FusedMatMulNBits"),
         ),
         _product,
     ),

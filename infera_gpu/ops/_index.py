@@ -52,6 +52,7 @@ ms_grouped com.microsoft.GroupQueryAttention
 ms_matmul com.microsoft.FusedGemm com.microsoft.FusedMatMul com.microsoft.TransposeMatMul
 ms_moe com.microsoft.MoE com.microsoft.QMoE
 ms_nbits com.microsoft.GatherBlockQuantized com.microsoft.MatMulBnb4 com.microsoft.MatMulNBits
+ms_nbits infera.FusedMatMulNBits
 ms_quant com.microsoft.QLinearAdd com.microsoft.QLinearAveragePool com.microsoft.QLinearConcat
 ms_quant com.microsoft.QLinearGlobalAveragePool com.microsoft.QLinearLeakyRelu com.microsoft.QLinearMul
 ms_quant com.microsoft.QLinearSigmoid com.microsoft.QLinearSoftmax com.microsoft.QLinearWhere

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from infera_gpu.op import Case, Compute, Infer, Kernel, Op
+from infera_gpu.op import Case, Compute, Expansion, Infer, Kernel, Op, Site
 from infera_gpu.ops._families import plain, requiring
 from infera_gpu.spec import Array
 
@@ -22,11 +22,13 @@ def ms_op(
     domain: str = "com.microsoft",
     needs: tuple[int, ...] = (),
     kernels: Mapping[str, Kernel] | None = None,
+    expand: Callable[[Site], Expansion | None] | None = None,
     **attrs: Any,
 ) -> Op:
     """A declaration of version 1. `needs` are the inputs that must be present."""
     wrapped: Compute = plain(compute)
-    return Op(name, 1, requiring(infer, *needs), wrapped, cases, attrs, domain=domain, kernels=kernels or {})
+    wanting = requiring(infer, *needs)
+    return Op(name, 1, wanting, wrapped, cases, attrs, domain=domain, kernels=kernels or {}, expand=expand)
 
 
 def wide(x: Array) -> Array:

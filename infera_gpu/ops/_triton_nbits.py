@@ -11,8 +11,12 @@ from infera_gpu.graph import HostArray
 from infera_gpu.memory import aligned
 from infera_gpu.op import Buffers, Call, Op, Site
 from infera_gpu.ops._triton import Kernels, kernels
+from infera_gpu.ops._triton_normalized import first, normalizes_first, scratch_first
 from infera_gpu.spec import Array
 from infera_kernels.portable.quant import unpacked
+
+_RESIDUAL, _GAIN = 6, 7
+"""Inputs of FusedMatMulNBits alone: what is added, and what normalised rows are multiplied by."""
 
 Sizes = Callable[[Site], tuple[int, int, int, int, int]]
 """N, K, bits, the length of a block, and how many there are along K."""
@@ -23,7 +27,8 @@ def _rows(site: Site) -> int:
 
 
 def nbits(sizes: Sizes) -> Kernels:
-    """The kernels of MatMulNBits: constant weights whose blocks follow each other in order."""
+    """The kernels of MatMulNBits and FusedMatMulNBits: constant weights whose blocks follow each other in order. Few
+    rows are normalised by the product, others before it."""
 
     def supports(site: Site) -> bool:
         from infera_kernels.triton.nbits import supports_nbits
@@ -32,7 +37,10 @@ def nbits(sizes: Sizes) -> Kernels:
         bias = site.spec(5) if site.has(5) else None
         *_, block, _ = sizes(site)
         fits = block <= 4096 and site.spec(1).dtype == np.uint8
-        return known and fits and not site.has(4) and supports_nbits(site.spec(0), site.spec(2), site.outs[0], bias)
+        product = known and fits and not site.has(4)
+        product = product and supports_nbits(site.spec(0), site.spec(2), site.outs[0], bias)
+        whole = not site.has(_RESIDUAL) or site.spec(_RESIDUAL) == site.outs[0]
+        return product and whole and (not site.has(_GAIN) or normalizes_first(site, _GAIN))
 
     def wide_shape(site: Site) -> tuple[int, int] | None:
         """The shape of widened weights, None for few rows."""
@@ -45,7 +53,8 @@ def nbits(sizes: Sizes) -> Kernels:
 
     def workspace(site: Site) -> int:
         shape = wide_shape(site)
-        return 0 if shape is None else aligned(math.prod(shape) * site.spec(0).dtype.itemsize)
+        widened = 0 if shape is None else aligned(math.prod(shape) * site.spec(0).dtype.itemsize)
+        return widened + (scratch_first(site, within=shape is None) if site.has(_GAIN) else 0)
 
     def zeros(site: Site, io: Buffers) -> Array | None:
         """Zero points (N, blocks), those of integers as float32."""
@@ -70,8 +79,22 @@ def nbits(sizes: Sizes) -> Kernels:
         shape = wide_shape(site)
         wide = None if shape is None else io.scratch(shape, site.spec(0).dtype)
         bias = io.ins[5] if site.has(5) else None
-        x, out = io.ins[0].reshape(-1, k), io.outs[0].reshape(-1, n)
-        return nbits_matmul(x, weight, bias, out, wide, io.launcher, invariant=site.batch_invariant, tuned=site.tuned)
+        residual = io.ins[_RESIDUAL].reshape(-1, n) if site.has(_RESIDUAL) else None
+        within = wide is None
+        x, how, calls = first(site, io, _GAIN, within=within) if site.has(_GAIN) else (io.ins[0], {}, [])
+        product = nbits_matmul(
+            x.reshape(-1, k),
+            weight,
+            bias,
+            io.outs[0].reshape(-1, n),
+            wide,
+            io.launcher,
+            residual=residual,
+            invariant=site.batch_invariant,
+            tuned=site.tuned,
+            **how,
+        )
+        return [*calls, *product]
 
     return kernels(bind, supports, inplace=(), strided=False, workspace=workspace)
 

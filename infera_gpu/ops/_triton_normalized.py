@@ -54,7 +54,7 @@ def first(site: Site, io: Buffers, i: int, *, within: bool) -> tuple[Array, dict
 
     x, scale, epsilon = io.ins[0], io.ins[i], float(site.attrs["epsilon"])
     if within:
-        return x, {"scale": scale, "epsilon": epsilon}, []
+        return x, {"gain": scale, "epsilon": epsilon}, []
     made, axes = io.scratch(x.shape, x.dtype), (x.ndim - 1,)
     how: dict[str, Any] = {"eps": epsilon, "weight": scale, "invariant": site.batch_invariant}
     return made, {}, list(normalize(KIND, x, axes, made, io.launcher, io.scratch, **how))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from infera_gpu.op import REQUIRED, Case, Op, Site, f32
+from infera_gpu.graph import Node, made_name
+from infera_gpu.op import REQUIRED, Case, Expansion, Op, Site, f32
 from infera_gpu.ops._families import integers, uniform
 from infera_gpu.ops._ms import ms_op, wide
 from infera_gpu.ops._triton_nbits import gathered, nbits
-from infera_gpu.ops.matmul import product_dims
+from infera_gpu.ops.matmul import check_term, product_dims
+from infera_gpu.ops.normalized import check_scale, normalized
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable.quant import aligned, dequantize, is_integer, unpacked
 
@@ -64,6 +68,53 @@ def _nbits(
     w = (q - zero[:, at]) * scales.reshape(n, blocks).astype(np.float32)[:, at]
     made = wide(a) @ w.T
     return (made if bias is None else made + wide(bias)).astype(a.dtype)
+
+
+# ---- FusedMatMulNBits: Y = N(A) @ W' + bias + residual
+
+_RESIDUAL, _SCALE = 6, 7
+
+
+def _infer_fused(site: Site) -> Sequence[TensorSpec]:
+    (made,) = _infer_nbits(site)
+    if site.has(_RESIDUAL):
+        check_term(site, "residual", site.spec(_RESIDUAL), made)
+    if site.has(_SCALE):
+        check_scale(site, _SCALE)
+    return (made,)
+
+
+def _apart(site: Site) -> Expansion | None:
+    """The product and the addition apart, where the residual has another shape."""
+    (made,) = _infer_nbits(site)
+    if not site.has(_RESIDUAL) or site.spec(_RESIDUAL).dims == made.dims:
+        return None
+    node, product = site.node, made_name(site.node.outputs[0], "product")
+    inputs = (*node.inputs[:_RESIDUAL], "", *node.inputs[_SCALE:])
+    return Expansion(
+        (
+            replace(node, inputs=inputs, outputs=(product,)),
+            Node("Add", (product, node.inputs[_RESIDUAL]), node.outputs, name=f"{node.name}/residual"),
+        )
+    )
+
+
+def _fused(
+    xp: Any,
+    site: Site,
+    a: Array,
+    b: Array,
+    scales: Array,
+    zeros: Array | None = None,
+    group: Array | None = None,
+    bias: Array | None = None,
+    residual: Array | None = None,
+    scale: Array | None = None,
+) -> Array:
+    """Two-byte floats are rounded once, at the end."""
+    rows = normalized(xp, a, scale, site.attrs["epsilon"])
+    made = _nbits(xp, site, rows, b, scales, zeros, group, None if bias is None else wide(bias))
+    return (made if residual is None else made + wide(residual)).astype(a.dtype)
 
 
 # ---- GatherBlockQuantized
@@ -178,6 +229,8 @@ _AT = np.array([[2, 0, 2], [-1, 5, 9]])
 _LAST = {"block_size": 16, "quantize_axis": -1}
 _FLOAT8 = np.linspace(-4, 4, 6 * 40, dtype=np.float32).reshape(6, 40).astype(ml_dtypes.float8_e4m3fn)
 
+_NBITS = nbits(_nbits_sizes)
+
 OPS: tuple[Op, ...] = (
     ms_op(
         "MatMulNBits",
@@ -192,13 +245,48 @@ OPS: tuple[Op, ...] = (
             Case("bytes", (f32(3, 50), integers(5, np.uint8, 5, 2, 32), _S4), {**_NB, "bits": 8}),
             Case("many_rows", (f32(9, 50), _B4, _S4, _Z4, None, f32(5)), _NB),
         ),
-        kernels=nbits(_nbits_sizes),
+        kernels=_NBITS,
         K=REQUIRED,
         N=REQUIRED,
         accuracy_level=0,
         bits=4,
         block_size=REQUIRED,
         weight_prepacked=0,
+        needs=(0, 1, 2),
+    ),
+    # Inputs 6 and 7, where there are any, are a residual and the scale with which A is normalised first, as
+    # infera.NormalizedMatMul says; the others are MatMulNBits'.
+    ms_op(
+        "FusedMatMulNBits",
+        _infer_fused,
+        _fused,
+        (
+            Case("plain", (f32(3, 50), _B4, _S4), _NB),
+            Case("residual", (f32(2, 1, 50), _B4, _S4, _Z4, None, None, f32(2, 1, 5)), _NB),
+            Case("row_residual", (f32(3, 50), _B4, _S4, None, None, f32(5), f32(1, 5)), _NB),
+            Case("normalized", (f32(1, 50), _B4, _S4, _Z4, None, None, None, uniform(6, 0.5, 2, 50)), _NB),
+            Case(
+                "normalized_rows",
+                (f32(2, 3, 50), _B4, _S4, None, None, f32(5), f32(2, 3, 5), uniform(6, 0.5, 2, 50)),
+                {**_NB, "epsilon": 0.25},
+            ),
+            Case(
+                "many_rows",
+                (f32(9, 50), _B4, _S4, _Z4, None, f32(5), f32(9, 5), uniform(6, 0.5, 2, 50)),
+                {**_NB, "epsilon": 0.25},
+            ),
+            Case("groups", (f32(3, 50), _B4, _S4, None, _GROUPS, None, f32(3, 5)), _NB),
+        ),
+        domain="infera",
+        kernels=_NBITS,
+        expand=_apart,
+        K=REQUIRED,
+        N=REQUIRED,
+        accuracy_level=0,
+        bits=4,
+        block_size=REQUIRED,
+        weight_prepacked=0,
+        epsilon=1e-5,
         needs=(0, 1, 2),
     ),
     ms_op(

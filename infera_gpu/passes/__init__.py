@@ -34,6 +34,7 @@ from infera_gpu.passes import (
     lookup,
     masked,
     matmul,
+    nbits,
     nhwc,
     norm,
     norm_affine,
@@ -137,6 +138,7 @@ FUSIONS = Fusions(
     *quant_bias.FUSIONS,
     *quantized_finish.LATE,
     *matmul.FUSIONS,
+    *nbits.FUSIONS,
     *unread.FUSIONS,
     *gated.FUSIONS,
 )

@@ -8,6 +8,7 @@ from typing import Any
 from infera_gpu.passes.engine import Fusion, Match, Replacement, changed, infera, named, node
 from infera_gpu.passes.half import BFLOAT16, FLOAT16, FLOAT32
 from infera_gpu.passes.products import DEFAULTS
+from infera_gpu.spec import Dim
 
 _NORM = node(("RMSNormalization", "SimplifiedLayerNormalization"), "x", "scale", name="norm")
 
@@ -16,20 +17,28 @@ def _attrs(match: Match) -> dict[str, Any]:
     return {**DEFAULTS, **match.root.attrs}
 
 
-def _normalizes_rows(match: Match) -> bool:
-    """The last axis alone is normalised, with a number for each of its elements, and a matrix of their type follows."""
-    x, scale, weight = (match.spec(name) for name in ("x", "scale", "w"))
-    if x is None or scale is None or weight is None or not (x.ranked and weight.ranked and weight.ndim == 2):
-        return False
-    deep = weight.shape[1 if _attrs(match)["transB"] else 0]
+def _normalizes(match: Match, deep: Dim) -> bool:
+    """The last axis alone is normalised, with a number for each of so many elements."""
+    x, scale = match.spec("x"), match.spec("scale")
     return (
-        int(match.nodes["norm"].attrs.get("axis", -1)) in (-1, x.ndim - 1)
-        and x.dtype == scale.dtype == weight.dtype
+        x is not None
+        and scale is not None
+        and x.ranked
+        and scale.ranked
+        and int(match.nodes["norm"].attrs.get("axis", -1)) in (-1, x.ndim - 1)
+        and x.dtype == scale.dtype
         and x.dtype in (FLOAT16, BFLOAT16, FLOAT32)
         and deep is not None
-        and scale.ranked
         and scale.shape == (deep,)
     )
+
+
+def _normalizes_rows(match: Match) -> bool:
+    """Rows are normalised, and a matrix of their type follows."""
+    scale, weight = match.spec("scale"), match.spec("w")
+    if scale is None or weight is None or weight.dtype != scale.dtype or not weight.ranked or weight.ndim != 2:
+        return False
+    return _normalizes(match, weight.shape[1 if _attrs(match)["transB"] else 0])
 
 
 def _is_plain(match: Match) -> bool:
@@ -132,5 +141,43 @@ GATED = Fusion(
     near_misses=_misses(_GATED_EXAMPLE, "SimplifiedLayerNormalization (x, s)"),
 )
 
-FUSIONS = (NORMALIZED, GATED)
+_FEW_BITS_EXAMPLE = """
+        example (float[2, 3] x) => (float[2, 2] y)
+        <uint8[2, 1, 8] w = {16, 50, 84, 118, 152, 186, 220, 254, 1, 35, 69, 103, 137, 171, 205, 239},
+         float[2, 1] f = {0.5, 0.25}, float[3] s = {-1, 7, 0.5}> {
+            n = RMSNormalization <axis = 1> (x, s)
+            y = com.microsoft.MatMulNBits <K = 3, N = 2, block_size = 16> (n, w, f)
+        }"""
+
+FEW_BITS = Fusion(
+    name="normalized_few_bits",
+    patterns=(
+        node(
+            ("com.microsoft.MatMulNBits", "infera.FusedMatMulNBits"),
+            *(_NORM, "#w", "factors", "?zeros", "?groups", "?bias", "?residual"),
+            name="mm",
+        ),
+    ),
+    guard=lambda match: "groups" not in match.values and _normalizes(match, int(match.root.attrs["K"])),
+    build=_build(
+        "FusedMatMulNBits",
+        ("x", "w", "factors", "zeros", "groups", "bias", "residual", "scale"),
+        ("K", "N", "accuracy_level", "bits", "block_size", "weight_prepacked"),
+    ),
+    reassociates=True,
+    kinds=frozenset({"triton"}),
+    opset=23,
+    example=_FEW_BITS_EXAMPLE,
+    near_misses=(
+        *_misses(_FEW_BITS_EXAMPLE, "RMSNormalization <axis = 1> (x, s)"),
+        changed(
+            _FEW_BITS_EXAMPLE,
+            ("example (", "in_groups ("),
+            ("float[3] s", "int32[3] g = {0, 0, 0}, float[3] s"),
+            ("(n, w, f)", '(n, w, f, "", g)'),
+        ),
+    ),
+)
+
+FUSIONS = (NORMALIZED, GATED, FEW_BITS)
 """After products that share a factor are one."""

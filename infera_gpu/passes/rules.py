@@ -169,14 +169,20 @@ def _finished(product: Rule) -> Rule:
     return rule
 
 
-def _with_residual(product: Rule) -> Rule:
-    """A product, and what is added to it, which may be wider."""
+def _few_bits(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
+    """N columns of the type of what is multiplied."""
+    a, columns = ins[0], int(n.attrs["N"])
+    return TensorSpec((*a.shape[:-1], columns), a.dtype) if a is not None and a.ranked else unranked(a)
+
+
+def _with_residual(product: Rule, i: int = 3) -> Rule:
+    """A product, and input i, which is added to it and may be wider."""
 
     def rule(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
         made = product(facts, n, ins)
-        if len(n.inputs) <= 3 or not n.inputs[3]:
+        if len(n.inputs) <= i or not n.inputs[i]:
             return made
-        residual = ins[3]
+        residual = ins[i]
         if made is None or residual is None or not (made.ranked and residual.ranked):
             return unranked(made)
         return TensorSpec(broadcast([made.shape, residual.shape]), made.dtype)
@@ -251,6 +257,8 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "Cast": _cast,
         **dict.fromkeys(_PRODUCTS, _product),
         "infera.FusedMatMul": _with_residual(_product),
+        "com.microsoft.MatMulNBits": _few_bits,
+        "infera.FusedMatMulNBits": _with_residual(_few_bits, 6),
         **dict.fromkeys(("Gemm", "com.microsoft.FusedGemm"), _gemm),
         **dict.fromkeys(
             ("Conv", "infera.FusedConv", "com.microsoft.FusedConv", "ConvTranspose", "MaxPool", "AveragePool"),

@@ -57,3 +57,32 @@ def test_nbits(
         wide.check_guards()
         w = w.astype(dtype).astype(np.float64)
     assert_close(out, a.astype(np.float64) @ w.T + bias.astype(np.float64), error=2e-6)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=ids)
+@pytest.mark.parametrize(("rows", "k"), [(1, 100), (8, 2100)])
+def test_rows_are_normalised_and_a_residual_is_added(
+    rows: int, k: int, dtype: Any, interpreter: InterpreterLauncher
+) -> None:
+    blocks, columns, epsilon = -(-k // 32), 21, 0.25
+    held = random((columns, blocks, 16), np.uint8, low=0, high=255.9)
+    weight = nbits.Weight(
+        nbits.repacked(held, blocks, 4), random((columns, blocks), dtype, low=0.01, high=0.1), None, 4
+    )
+    a, gain = random((rows, k), dtype, seed=2), random((k,), dtype, seed=3, low=0.5, high=2)
+    residual, out = random((rows, columns), dtype, seed=4), Guarded((rows, columns), dtype)
+    how: dict[str, Any] = {"residual": residual, "gain": gain, "epsilon": epsilon}
+    execute(nbits.nbits_matmul(a, weight, None, out.array, None, interpreter, **how))
+    assert [launch.kernel for launch in interpreter.launches] == ["nbits_kernel"]
+    q = unpacked(np, held, 4).astype(np.float64) - 8
+    w = (q * weight.scale.astype(np.float64)[:, :, None]).reshape(columns, -1)[:, :k]
+    x = a.astype(np.float64)
+    x = x / np.sqrt((x * x).mean(axis=1, keepdims=True) + epsilon) * gain.astype(np.float64)
+    assert_close(out, x @ w.T + residual.astype(np.float64), error=4e-6)
+
+
+def test_wide_weights_do_not_normalise(interpreter: InterpreterLauncher) -> None:
+    a, out, wide = (np.zeros(shape, np.float32) for shape in ((9, 32), (9, 4), (4, 32)))
+    weight = nbits.Weight(np.zeros((4, 1, 16), np.uint8), np.ones((4, 1), np.float32), None, 4)
+    with pytest.raises(ValueError, match="normalises up to 8 rows, not 9 that meet wide weights"):
+        nbits.nbits_matmul(a, weight, None, out, wide, interpreter, gain=np.ones(32, np.float32))

@@ -128,6 +128,7 @@ def test_families_are_covered() -> None:
         "MatMulInteger": 8,
         "QLinearConv": 12,
         "MatMulNBits": 6,
+        "FusedMatMulNBits": 5,
         "LSTM": 14,
         "GRU": 15,
     }.items():

@@ -28,7 +28,7 @@ SUITES: Mapping[str, int] = {
     "gpu_tuning": 10,
     "matmul": 75,
     "moves": 58,
-    "nbits": 27,
+    "nbits": 34,
     "networks": 3,
     "normalize": 75,
     "operators": 1400,

@@ -193,27 +193,27 @@ def test_gated_products(rows: int, dtype: str, turned: bool, launcher: CompileLa
 def test_a_row_is_normalised_by_its_product(columns: int, dtype: str, turned: bool, launcher: CompileLauncher) -> None:
     """Of Llama 3.2 1B the heads, both halves of the feed-forward, and the last product. The assembler may save two
     registers for one block more."""
-    x, scale, out = FakeArray((1, 2048), dtype), FakeArray((2048,), dtype), FakeArray((1, columns), dtype)
+    x, gain, out = FakeArray((1, 2048), dtype), FakeArray((2048,), dtype), FakeArray((1, columns), dtype)
     one, other = (FakeArray((2048, columns), dtype, transposed=turned) for _ in range(2))
-    matmul.matmul(x, one, out, launcher, scale=scale, epsilon=1e-5)
-    gated.gated(x, one, other, out, launcher, activation="silu", scale=scale, epsilon=1e-5)
+    matmul.matmul(x, one, out, launcher, gain=gain, epsilon=1e-5)
+    gated.gated(x, one, other, out, launcher, activation="silu", gain=gain, epsilon=1e-5)
     for result in launcher.compiled:
         assert result.spilled_bytes <= 8
         assert wide_loads(result) >= 4
 
 
-@pytest.mark.parametrize("refused", ["rows", "parts", "a tile", "a long scale", "integers"])
+@pytest.mark.parametrize("refused", ["rows", "parts", "a tile", "a long gain", "integers"])
 def test_what_no_product_normalises_is_refused(refused: str) -> None:
     rows, launcher = 2 if refused == "rows" else 1, CompileLauncher(80)
     x, w, out = FakeArray((rows, 64), "float16"), FakeArray((64, 64), "float16"), FakeArray((rows, 64), "float16")
-    scale = FakeArray((65 if refused == "a long scale" else 64,), "int32" if refused == "integers" else "float16")
+    gain = FakeArray((65 if refused == "a long gain" else 64,), "int32" if refused == "integers" else "float16")
     how: dict[str, Any] = {"tile": tiles.TILES["half"][0] if refused == "a tile" else None}
     partial = FakeArray((2, 64), "float32") if refused == "parts" else None
-    with pytest.raises(ValueError, match="^matmul: (normalises one row|scale is)"):
-        matmul.matmul(x, w, out, launcher, scale=scale, partial=partial, **how)
+    with pytest.raises(ValueError, match=r"^matmul: (normalises one row|gain is)"):
+        matmul.matmul(x, w, out, launcher, gain=gain, partial=partial, **how)
     if partial is None:
-        with pytest.raises(ValueError, match="^gated: (normalises one row|scale is)"):
-            gated.gated(x, w, w, out, launcher, scale=scale, **how)
+        with pytest.raises(ValueError, match=r"^gated: (normalises one row|gain is)"):
+            gated.gated(x, w, w, out, launcher, gain=gain, **how)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "tanh", "sigmoid", "silu", None])

@@ -16,14 +16,19 @@ pytestmark = pytest.mark.kernels
 
 
 @pytest.mark.parametrize("arch", EVERY_ARCH)
-@pytest.mark.parametrize(("dtype", "bits", "block"), [("float16", 4, 128), ("float32", 4, 32), ("float16", 8, 64)])
-def test_weights_are_read_in_whole_words(dtype: str, bits: int, block: int, arch: int) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "bits", "block"), [("float16", 4, 128), ("float16", 4, 32), ("float32", 4, 32), ("float16", 8, 64)]
+)
+def test_weights_are_read_in_whole_words(dtype: str, bits: int, block: int, fused: bool, arch: int) -> None:
+    """Where rows are normalised and a residual is added too."""
     launcher, (n, k) = CompileLauncher(arch), (4096, 4096)
     shape = (n, k // block)
     packed = FakeArray((*shape, block * bits // 8), "uint8")
     weight = nbits.Weight(packed, FakeArray(shape, dtype), FakeArray(shape, "float32"), bits)
     bias, out = FakeArray((n,), dtype), FakeArray((1, n), dtype)
-    nbits.nbits_matmul(FakeArray((1, k), dtype), weight, bias, out, None, launcher)
+    how = {"gain": FakeArray((k,), dtype), "residual": FakeArray((1, n), dtype)} if fused else {}
+    nbits.nbits_matmul(FakeArray((1, k), dtype), weight, bias, out, None, launcher, **how)
     result = compiled(launcher)
     assert wide_loads(result) >= 2
     assert result.count("LDGSTS") >= 8, "loads are not pipelined"

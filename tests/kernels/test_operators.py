@@ -123,6 +123,8 @@ CHOSEN: tuple[tuple[str, str, str | Case], ...] = (
     ("Rotary", "infera", "complex"),
     ("RotaryEmbedding", "", "positions"),
     ("MatMulNBits", "com.microsoft", "zeros"),
+    ("FusedMatMulNBits", "infera", "normalized_rows"),
+    ("FusedMatMulNBits", "infera", "many_rows"),
     ("GatherBlockQuantized", "com.microsoft", "uint4_zeros"),
     ("ConvInteger", "", "zero-points"),
     ("QLinearAdd", "com.microsoft", "broadcast"),

@@ -20,7 +20,7 @@ from infera_kernels.triton.elementwise import UNARY
 from infera_kernels.triton.gated_kernels import gated_kernel, gated_row_kernel
 from infera_kernels.triton.invariance import rows_seen
 from infera_kernels.triton.layout import ceil_div, coalesce, element_strides, fold, name_of
-from infera_kernels.triton.matmul import check_scale, launched, layout_of, normalizes, scaling, supports_matmul
+from infera_kernels.triton.matmul import check_gain, launched, layout_of, normalizes, normalizing, supports_matmul
 from infera_kernels.triton.products import GROUP
 from infera_kernels.triton.skinny import ALONG_K, ALONG_N, SHAPES, least_strip, strips
 from infera_kernels.triton.tiles import HALF, IEEE, SIZES, TF32, TILES, Tile, fits, keeps, kind_of, least
@@ -116,7 +116,7 @@ def gated(
     launcher: Launcher,
     *,
     activation: str | None = None,
-    scale: Any = None,
+    gain: Any = None,
     epsilon: float = 0.0,
     precision: str = IEEE,
     tile: Tile | None = None,
@@ -127,13 +127,13 @@ def gated(
 
     Strides are arbitrary. `precision` is for float32 inputs: "ieee" or "tf32". `tile`, whose columns are half of one
     matrix and half of the other, overrides what is `tuned`, or predicted. `invariant` rows are the same bits however
-    many there are; nothing is tuned for them. `scale` and `epsilon` normalise one row first, as in `matmul`.
+    many there are; nothing is tuned for them. `gain` and `epsilon` normalise one row first, as in `matmul`.
     """
     if not supports_gated(a, gate, up, out, activation):
         given = ", ".join(f"{name_of(x)}{list(x.shape)}" for x in (a, gate, up, out))
         raise ValueError(f"gated: no kernel for {given} with activation {activation}")
-    if scale is not None:
-        check_scale("gated", scale, a, tile is None and normalizes(out, invariant=invariant))
+    if gain is not None:
+        check_gain("gated", gain, a, tile is None and normalizes(out, invariant=invariant))
     shape = tuple(out.shape)
     if 0 in shape:
         return []
@@ -156,7 +156,7 @@ def gated(
         **dict(zip(("a_k", "out_n"), fold(s[-1] for s in strides), strict=True)),
         **dict(zip(("gate_k", "gate_n"), fold(element_strides(gate)), strict=True)),
         **dict(zip(("up_k", "up_n"), fold(element_strides(up)), strict=True)),
-        **scaling(scale, epsilon),
+        **normalizing(gain, epsilon),
         "act_alpha": entry and entry.alpha,
         "act_beta": entry and entry.beta,
     }

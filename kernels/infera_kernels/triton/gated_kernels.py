@@ -32,7 +32,7 @@ def gated_row_kernel(
     a,
     gate,
     up,
-    scale,
+    gain,
     out,
     N,
     K,
@@ -45,7 +45,7 @@ def gated_row_kernel(
     up_k,
     up_n,
     out_n,
-    scale_k,
+    gain_k,
     act_alpha,
     act_beta,
     epsilon,
@@ -55,7 +55,7 @@ def gated_row_kernel(
     STAGES: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """out = ACT(a @ gate) * (a @ up) of one row a, normalised with `scale`, BN columns of both matrices a program: see
+    """out = ACT(a @ gate) * (a @ up) of one row a, normalised with `gain`, BN columns of both matrices a program: see
     `skinny.matvec_kernel`."""
     row, column = columns_of(N, BN)
     row, n = row.to(tl.int64), column + tl.arange(0, BN)
@@ -70,17 +70,17 @@ def gated_row_kernel(
     step = tl.full([], BK, tl.int64)
     gates = tl.full((BK, BN), 0.0, tl.float32)
     ups = tl.full((BK, BN), 0.0, tl.float32)
-    if scale is not None:
-        scale_at = scale + k.to(tl.int64) * scale_k
+    if gain is not None:
+        gain_at = gain + k.to(tl.int64) * gain_k
         squares = tl.full((BK,), 0.0, tl.float32)
     for start in tl.range(0, K, BK, num_stages=STAGES):
         within = k < K - start
         inside = within[:, None] & (n < N)[None, :]
         x = tl.load(a_at, mask=within, other=0.0).to(tl.float32)
-        if scale is not None:
+        if gain is not None:
             squares += x * x
-            x *= tl.load(scale_at, mask=within, other=0.0).to(tl.float32)
-            scale_at += step * scale_k
+            x *= tl.load(gain_at, mask=within, other=0.0).to(tl.float32)
+            gain_at += step * gain_k
         x = x[:, None]
         gates += x * tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
         ups += x * tl.load(up_at, mask=inside, other=0.0).to(tl.float32)
@@ -88,7 +88,7 @@ def gated_row_kernel(
         gate_at += step * gate_k
         up_at += step * up_k
     gates, ups = tl.sum(gates, axis=0), tl.sum(ups, axis=0)
-    if scale is not None:
+    if gain is not None:
         factor = inverse_deviation(tl.sum(squares, axis=0), None, K, epsilon)
         gates *= factor
         ups *= factor

@@ -98,19 +98,19 @@ def normalizes(out: Typed, *, invariant: bool = False) -> bool:
     return math.prod(out.shape[:-1]) == 1 and not invariant
 
 
-def check_scale(name: str, scale: Any, a: Any, can: bool) -> None:
-    """Raises ValueError where a product cannot normalise a with `scale`."""
+def check_gain(name: str, gain: Any, a: Any, can: bool) -> None:
+    """Raises ValueError where a product cannot normalise a with `gain`."""
     if not can:
         raise ValueError(f"{name}: normalises one row, whose sums are whole, not {name_of(a)}{list(a.shape)}")
-    if tuple(scale.shape) != (a.shape[-1],) or name_of(scale) not in FLOATS:
-        raise ValueError(f"{name}: scale is {name_of(scale)}{list(scale.shape)}, expected {a.shape[-1]} floats")
+    if tuple(gain.shape) != (a.shape[-1],) or name_of(gain) not in FLOATS:
+        raise ValueError(f"{name}: gain is {name_of(gain)}{list(gain.shape)}, expected {a.shape[-1]} floats")
 
 
-def scaling(scale: Any, epsilon: float) -> dict[str, Any]:
-    """The arguments of kernels of one row that say how it is normalised, None without `scale` or elements."""
-    if scale is None or 0 in scale.shape:
-        return dict.fromkeys(("scale", "scale_k", "epsilon"))
-    return {"scale": scale, "scale_k": fold_one(element_strides(scale)[0]), "epsilon": float(epsilon)}
+def normalizing(gain: Any, epsilon: float) -> dict[str, Any]:
+    """The arguments of kernels of one row that say how it is normalised, None without `gain` or elements."""
+    if gain is None or 0 in gain.shape:
+        return dict.fromkeys(("gain", "gain_k", "epsilon"))
+    return {"gain": gain, "gain_k": fold_one(element_strides(gain)[0]), "epsilon": float(epsilon)}
 
 
 def matmul(
@@ -126,7 +126,7 @@ def matmul(
     activation: str | None = None,
     act_alpha: float | None = None,
     act_beta: float | None = None,
-    scale: Any = None,
+    gain: Any = None,
     epsilon: float = 0.0,
     precision: str = IEEE,
     tile: Tile | None = None,
@@ -142,7 +142,7 @@ def matmul(
     what is `tuned`, or predicted. K of 0 gives the epilogue of zeros. `partial`, float32 scratch of shape
     (`parts.parts_of(a, b, out)`, out.size), cuts the sums into so many parts. With a `workspace`, scratch of
     `blas.library_bytes`, the product may be cuBLASLt's. `invariant` rows are the same bits however many there are;
-    nothing is tuned for them. With `scale` (K,), the row a of a product that `normalizes` is multiplied by it and
+    nothing is tuned for them. With `gain` (K,), the row a of a product that `normalizes` is multiplied by it and
     divided by sqrt(mean(a^2) + epsilon) first.
     """
     if not supports_matmul(a, b, out, bias, residual, activation):
@@ -154,8 +154,8 @@ def matmul(
         (bias_stride,) = element_strides(bias)
         if bias_stride != 1 and bias.shape[0] > 1:
             raise ValueError(f"matmul: bias must be contiguous, its stride is {bias_stride}")
-    if scale is not None:
-        check_scale("matmul", scale, a, partial is None and tile is None and normalizes(out, invariant=invariant))
+    if gain is not None:
+        check_gain("matmul", gain, a, partial is None and tile is None and normalizes(out, invariant=invariant))
     shape = tuple(out.shape)
     if 0 in shape:
         return []
@@ -191,7 +191,7 @@ def matmul(
         "K": k,
         "depth": None,
         "out_split": None,
-        **scaling(scale, epsilon),
+        **normalizing(gain, epsilon),
         **dict(zip(("a_m", "a_k"), fold(a_strides[-2:]), strict=True)),
         **dict(zip(("b_k", "b_n"), fold(b_strides[-2:]), strict=True)),
     }

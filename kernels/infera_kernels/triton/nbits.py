@@ -21,6 +21,7 @@ from infera_kernels.triton.ahead import ahead, begun
 from infera_kernels.triton.indexing import store_type
 from infera_kernels.triton.layout import FLOATS, INT32_MAX, ceil_div, name_of, next_power_of_two
 from infera_kernels.triton.matmul import matmul
+from infera_kernels.triton.reductions import inverse_deviation
 from infera_kernels.tuning import Tuned
 from infera_kernels.tuning.choice import REMEMBERED
 from infera_kernels.tuning.cost import ROW_WARPS, Strip, row_cycles
@@ -41,10 +42,13 @@ def nbits_kernel(
     scale,
     zero,
     bias,
+    residual,
+    gain,
     out,
     N,
     K,
     blocks,
+    epsilon,
     BITS: tl.constexpr,
     BYTES: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -52,9 +56,10 @@ def nbits_kernel(
     STAGES: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """Row program_id(1) of out = a @ dequantised b + bias, BN columns a program. Byte j of a block's BYTES holds its
-    values j, j + BYTES and so on, the first in the lowest bits. Without `zero` it is the middle of the range. The
-    next STAGES - 1 blocks of weights are on their way to shared memory meanwhile. AHEAD: see `ahead`."""
+    """Row program_id(1) of out = a @ dequantised b + bias + residual, BN columns a program. Byte j of a block's BYTES
+    holds its values j, j + BYTES and so on, the first in the lowest bits. Without `zero` it is the middle of the range.
+    The next STAGES - 1 blocks of weights are on their way to shared memory meanwhile. With `gain` rows are multiplied
+    by it and divided by their root mean square first: see `skinny.matvec_kernel`. AHEAD: see `ahead`."""
     begun(b, blocks * BYTES, N, tl.program_id(0) * BN, 1, blocks * BYTES, AHEAD)
     VALUES: tl.constexpr = 8 // BITS
     row = tl.program_id(1).to(tl.int64)
@@ -64,6 +69,8 @@ def nbits_kernel(
     a += row * K
     first_of = n.to(tl.int64)[:, None] * blocks + g[None, :]
     sums = tl.full((BN, BLOCKS, BYTES), 0.0, tl.float32)
+    if gain is not None:
+        squares = tl.full((BLOCKS, BYTES), 0.0, tl.float32)
     for start in tl.range(0, blocks, BLOCKS, num_stages=STAGES):
         block = first_of + start
         inside = (n < N)[:, None] & (start + g < blocks)[None, :]
@@ -77,12 +84,19 @@ def nbits_kernel(
         for t in tl.static_range(VALUES):
             k = (start + g)[:, None] * (BYTES * VALUES) + (t * BYTES + j)[None, :]
             x = tl.load(a + k, mask=k < K, other=0.0).to(tl.float32)
+            if gain is not None:
+                squares += x * x
+                x *= tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
             q = ((held >> (t * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
             part += (q - z[:, :, None]) * x[None, :, :]
         sums += part * s[:, :, None]
     total = tl.sum(tl.sum(sums, axis=2), axis=1)
+    if gain is not None:
+        total *= inverse_deviation(tl.sum(tl.sum(squares, axis=1), axis=0), None, K, epsilon)
     if bias is not None:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    if residual is not None:
+        total += tl.load(residual + row * N + n, mask=n < N, other=0.0).to(tl.float32)
     tl.store(out + row * N + n, store_type(total, out), mask=n < N)
 
 
@@ -178,11 +192,18 @@ def nbits_matmul(
     wide: Array | None,
     launcher: Launcher,
     *,
+    residual: Array | None = None,
+    gain: Array | None = None,
+    epsilon: float = 0.0,
     invariant: bool = False,
     tuned: Tuned | None = None,
 ) -> list[Call]:
-    """out (M, N) = a (M, K) @ dequantised weights + bias, all contiguous; `wide`, scratch of a's type of shape
-    (wide_columns(N, K), K), for more than FEW_ROWS rows, and for `invariant` ones always: see `matmul`."""
+    """out (M, N) = a (M, K) @ dequantised weights + bias + residual (M, N), all contiguous; `wide`, scratch of a's type
+    of shape (wide_columns(N, K), K), for more than FEW_ROWS rows, and for `invariant` ones always: see `matmul`.
+    Without it rows of a are multiplied by `gain` (K,), where there is one, and divided by sqrt(mean(a^2) + epsilon)
+    first. Raises ValueError for a gain with it."""
+    if wide is not None and gain is not None:
+        raise ValueError(f"nbits_matmul: normalises up to {FEW_ROWS} rows, not {a.shape[0]} that meet wide weights")
     (m, k), n = a.shape, out.shape[1]
     _, blocks, held = weight.packed.shape
     many = min(next_power_of_two(blocks), max(_BYTES // held, 1))
@@ -197,10 +218,13 @@ def nbits_matmul(
             "scale": weight.scale,
             "zero": weight.zero,
             "bias": bias,
+            "residual": residual,
+            "gain": gain,
             "out": out,
             "N": n,
             "K": k,
             "blocks": blocks,
+            "epsilon": None if gain is None else float(epsilon),
         }
         width = many * held * 8 // weight.bits
         columns = _columns(n, k, weight.bits, width, m, known["BN"], target_of(launcher))
@@ -223,8 +247,14 @@ def nbits_matmul(
         }
         grid = (ceil_div(count, known["BN"]), ceil_div(blocks, many))
         calls.append(launcher.launch(widen_kernel, grid, args, known, num_warps=4))
-        added = None if bias is None else bias[part]
         calls += matmul(
-            a, wide[:count].swapaxes(0, 1), out[:, part], launcher, bias=added, invariant=invariant, tuned=tuned
+            a,
+            wide[:count].swapaxes(0, 1),
+            out[:, part],
+            launcher,
+            bias=None if bias is None else bias[part],
+            residual=None if residual is None else residual[:, part],
+            invariant=invariant,
+            tuned=tuned,
         )
     return calls

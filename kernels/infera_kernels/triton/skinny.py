@@ -26,7 +26,7 @@ def matvec_kernel(
     out,
     bias,
     residual,
-    scale,
+    gain,
     N,
     K,
     depth,
@@ -40,7 +40,7 @@ def matvec_kernel(
     b_n,
     out_n,
     residual_n,
-    scale_k,
+    gain_k,
     out_split,
     alpha,
     beta,
@@ -56,7 +56,7 @@ def matvec_kernel(
     """out = ACT(alpha * a @ b + bias + beta * residual) of one row a, BN columns a program; with `depth` the sums of
     part program_id(1). Every thread adds up its own elements, and they are added once. The next STAGES - 1 blocks are
     on their way to shared memory meanwhile; with one stage, elements are loaded into registers when they are due.
-    With `scale`, of K elements, a is scaled and divided by its root mean square: one number for all columns,
+    With `gain`, of K elements, a is multiplied by it and divided by its root mean square: one number for all columns,
     known when all of a has been read, which is when the sums are. AHEAD: see `ahead`."""
     matrix, column = columns_of(N, BN)
     matrix, n = matrix.to(tl.int64), column + tl.arange(0, BN)
@@ -72,22 +72,22 @@ def matvec_kernel(
     b_at = block_at(b, k, n, b_k, b_n)
     step = tl.full([], BK, tl.int64)
     sums = tl.full((BK, BN), 0.0, tl.float32)
-    if scale is not None:
-        scale_at = scale + k.to(tl.int64) * scale_k
+    if gain is not None:
+        gain_at = gain + k.to(tl.int64) * gain_k
         squares = tl.full((BK,), 0.0, tl.float32)
     for start in tl.range(0, K, BK, num_stages=STAGES):
         within = k < K - start
         x = tl.load(a_at, mask=within, other=0.0).to(tl.float32)
         y = tl.load(b_at, mask=within[:, None] & (n < N)[None, :], other=0.0).to(tl.float32)
-        if scale is not None:
+        if gain is not None:
             squares += x * x
-            x *= tl.load(scale_at, mask=within, other=0.0).to(tl.float32)
-            scale_at += step * scale_k
+            x *= tl.load(gain_at, mask=within, other=0.0).to(tl.float32)
+            gain_at += step * gain_k
         sums += x[:, None] * y
         a_at += step * a_k
         b_at += step * b_k
     acc = tl.sum(sums, axis=0)[None, :]
-    if scale is not None:
+    if gain is not None:
         acc *= inverse_deviation(tl.sum(squares, axis=0), None, K, epsilon)
     m = tl.arange(0, 1)
     inside = (n < N)[None, :]
