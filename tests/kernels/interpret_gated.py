@@ -191,3 +191,23 @@ def test_invariant_rows_are_the_same_bits(dtype: Any, interpreter: InterpreterLa
         execute(gated.gated(a[:count], gate, up, out.array, interpreter, activation="silu", invariant=True))
         assert out.array.tobytes() == whole.array[:count].tobytes()
     assert len({(launch.kernel, str(launch.constexprs)) for launch in interpreter.launches}) == 1
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=ids)
+@pytest.mark.parametrize("turned", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (70, 33), (5, 2100)], ids=str)
+def test_a_row_is_normalised(n: int, k: int, turned: bool, dtype: Any, interpreter: InterpreterLauncher) -> None:
+    a, (gate, up), out = random((1, k), dtype), matrices(k, n, dtype, turned=turned), Guarded((1, n), dtype)
+    gain = random((2 * k,), dtype, seed=3, low=0.5, high=2)[::2]
+    execute(gated.gated(a, gate, up, out.array, interpreter, activation="silu", gain=gain, epsilon=0.25))
+    only(interpreter, gated_row_kernel)
+    x = a.astype(np.float64)
+    x = x / np.sqrt((x * x).mean() + 0.25) * gain.astype(np.float64)
+    assert_close(out, wanted(x, gate, up), error=4e-6)
+
+
+def test_nothing_is_not_normalised(interpreter: InterpreterLauncher) -> None:
+    """A row of no elements has no mean."""
+    a, (gate, up), out = random((1, 0), F32), matrices(0, 9, F32), Guarded((1, 9), F32)
+    execute(gated.gated(a, gate, up, out.array, interpreter, gain=random((0,), F32), epsilon=0.25))
+    assert_close(out, np.zeros((1, 9)), error=0)

@@ -211,3 +211,25 @@ def test_rows_that_do_not_follow_each_other_stay_a_batch(interpreter: Interprete
     execute(matmul.matmul(a, b, out.array, interpreter))
     assert only(interpreter, matmul_kernel).args["M"] == 3
     assert_close(out, a.astype(np.float64) @ b, error=1e-6)
+
+
+def normalised(a: Any, gain: Any, epsilon: float) -> Any:
+    """In float64, rounded nowhere."""
+    x = a.astype(np.float64)
+    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + epsilon) * gain.astype(np.float64)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=ids)
+@pytest.mark.parametrize("turned", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (70, 33), (5, 2100)], ids=str)
+def test_a_row_is_normalised(n: int, k: int, turned: bool, dtype: Any, interpreter: InterpreterLauncher) -> None:
+    """Before the bias, the activation and the residual; with a gain of any stride, and numbers whose squares are
+    beyond float16."""
+    a, b = random((1, k), dtype, low=-500, high=500), random((n, k) if turned else (k, n), dtype, seed=1)
+    gain, bias = random((2 * k,), dtype, seed=2, low=0.5, high=2)[::2], random((n,), dtype, seed=3)
+    residual, out = random((1, n), dtype, seed=4), Guarded((1, n), dtype, step=2)
+    how: dict[str, Any] = {"bias": bias, "residual": residual, "activation": "relu", "gain": gain, "epsilon": 7.0}
+    execute(matmul.matmul(a, b.T if turned else b, out.array, interpreter, **how))
+    only(interpreter, skinny.matvec_kernel)
+    sums = normalised(a, gain, 7.0) @ (b.T if turned else b).astype(np.float64)
+    assert_close(out, np.maximum(sums + bias.astype(np.float64) + residual.astype(np.float64), 0), error=4e-6)
