@@ -59,7 +59,9 @@ def predicted(works: Iterable[Work], card: Device, assumed: Assumed = ASSUMED) -
     total = 0.0
     for work in works:
         computing, moving = seconds_of(work, card)
-        total += work.launches * assumed.launch_seconds + max(computing / assumed.operations, moving / assumed.memory)
+        before = work.before / card.dram_bytes_per_s
+        busy = max(computing / assumed.operations, (moving - before) / assumed.memory)
+        total += work.launches * assumed.launch_seconds + before / assumed.memory + busy
     return total
 
 

@@ -24,13 +24,15 @@ Count = Callable[[Site], int]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Of one step. `arithmetic` is one of the four where there are operations, else empty."""
+    """Of one step. `arithmetic` is one of the four where there are operations, else empty. `before` are those of the
+    bytes that are moved by a launch before the one that computes."""
 
     label: str
     arithmetic: str
     operations: int
     nbytes: int
     launches: int = 1
+    before: int = 0
 
 
 def visible(queries: int, keys: int, *, causal: bool) -> int:
@@ -169,7 +171,7 @@ def work_of(step: Step, launches: int, *, tf32: bool = False, kept: Collection[s
     name = _name_of(step)
     appended = APPENDED[name](step.placed.site) if step.placed is not None and name in APPENDED else 1.0
     written = round(sum(o.nbytes * (appended if o.root in kept else 1) for o in step.outs))
-    operations, arithmetic = 0, ""
+    operations, arithmetic, before = 0, "", 0
     if step.placed is not None:
         for table in (step.ins[i] for i in TABLES.get(name, ()) if i < len(step.ins)):
             if table is not None:
@@ -180,8 +182,8 @@ def work_of(step: Step, launches: int, *, tf32: bool = False, kept: Collection[s
             arithmetic = arithmetic_of(step.placed.site.spec(0).dtype, tf32=tf32)
             if name in BEFORE and launches > 1:
                 spec = step.placed.site.spec(0)
-                written += 2 * spec.size * spec.dtype.itemsize
-    return Work(step.label, arithmetic, operations, sum(read.values()) + written, launches)
+                before = 2 * spec.size * spec.dtype.itemsize
+    return Work(step.label, arithmetic, operations, sum(read.values()) + written + before, launches, before)
 
 
 def works_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -275,6 +276,14 @@ def test_the_bound_is_the_larger_of_two_times() -> None:
     assert limit([computes, moves, moves], card) == "memory"
     assert limit([computes], card) == "operations"
     assert predicted([computes], card) == pytest.approx(1 / ASSUMED.operations + ASSUMED.launch_seconds, rel=1e-3)
+
+
+def test_what_is_moved_by_a_launch_before_takes_its_own_time() -> None:
+    card = card_named("A100 80GB")
+    work = Work("", "half", int(card.flops_per_s("half")), int(card.dram_bytes_per_s), 2)
+    prepared = replace(work, before=int(card.dram_bytes_per_s / 2))
+    assert predicted([prepared], card) - predicted([work], card) == pytest.approx(0.5 / ASSUMED.memory, rel=1e-3)
+    assert bound([prepared], card) == bound([work], card)
 
 
 def test_predictions_are_of_every_row_and_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
