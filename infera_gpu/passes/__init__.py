@@ -46,6 +46,7 @@ from infera_gpu.passes import (
     pairs,
     products,
     products_integer,
+    products_nbits,
     quant,
     quant_bias,
     quantized,
@@ -78,6 +79,7 @@ from infera_gpu.passes.quantized_norm import quantized_norms
 from infera_gpu.passes.same import drop_outputs, remove_identities, share_values
 from infera_gpu.passes.siblings import Siblings, joined
 from infera_gpu.passes.signed import signed
+from infera_gpu.passes.skipped import apart
 from infera_gpu.spec import DType, OptionalSpec
 
 Precision: TypeAlias = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
@@ -144,7 +146,7 @@ FUSIONS = Fusions(
 )
 """In the order in which they are applied."""
 
-SIBLINGS: tuple[Siblings, ...] = products.SIBLINGS + products_integer.SIBLINGS
+SIBLINGS: tuple[Siblings, ...] = products.SIBLINGS + products_integer.SIBLINGS + products_nbits.SIBLINGS
 """Applied to what fusions leave."""
 
 LAST = Fusions(*normalized.FUSIONS)
@@ -194,6 +196,8 @@ class _Passes:
         for name, rewritten in early:
             before, graph = graph, rewritten(graph)
             self.tell(name, len(before.nodes) - len(graph.nodes), self.ops(before), self.ops(graph))
+        if "triton" in self.kinds and not self.strict:
+            graph = self.changed("skipped_norms", graph, apart(graph))
         graph = self.fused(graph, FUSIONS, known)
         for siblings in SIBLINGS:
             if siblings.fits(self.strict, self.kinds):

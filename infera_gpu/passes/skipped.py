@@ -1,0 +1,49 @@
+"""RMS normalisation of a sum, taken apart where a product can add: the norm is then its reader's, see `normalized`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from infera_gpu.graph import Graph, Node, made_name
+
+_SKIP, _NORM = "com.microsoft.SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization"
+_PRODUCTS = frozenset({"MatMul", "infera.FusedMatMul", "com.microsoft.MatMulNBits"})
+
+
+def apart(graph: Graph) -> Graph:
+    """The graph with a sum and a norm for each norm of a sum, one of whose terms is a product that nobody else reads;
+    itself where there is none.
+
+    In halves the sum is rounded before it is normalised, as onnxruntime does on GPUs.
+    """
+    if not any(n.qualified == _SKIP for n in graph.nodes):
+        return graph
+    readers, producers = graph.readers(), {o: n for n in graph.nodes for o in n.outputs if o}
+
+    def is_product(value: str) -> bool:
+        made_by = producers.get(value)
+        alone = len(readers.get(value, ())) == 1 and value not in graph.outputs
+        return made_by is not None and made_by.qualified in _PRODUCTS and alone
+
+    nodes: list[Node] = []
+    for n in graph.nodes:
+        if n.qualified == _SKIP and _is_plain(n) and n.inputs[0] != n.inputs[1] and any(map(is_product, n.inputs[:2])):
+            nodes.extend(_apart(n))
+        else:
+            nodes.append(n)
+    return replace(graph, nodes=tuple(nodes)) if len(nodes) > len(graph.nodes) else graph
+
+
+def _is_plain(n: Node) -> bool:
+    """Nothing else is added, and nobody wants the statistics."""
+    return len(n.inputs) >= 3 and all(n.inputs[:3]) and not any(n.inputs[3:]) and not any(n.outputs[1:3])
+
+
+def _apart(n: Node) -> tuple[Node, Node]:
+    out, label = n.outputs[0], n.name or n.outputs[0]
+    total = n.outputs[3] if any(n.outputs[3:]) else made_name(out, "sum")
+    epsilon = {"epsilon": float(n.attrs.get("epsilon", 1e-12))}
+    return (
+        Node("Add", n.inputs[:2], (total,), name=f"{label}/sum"),
+        Node(_NORM, (total, n.inputs[2]), (out,), epsilon, name=label),
+    )
