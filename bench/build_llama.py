@@ -166,7 +166,7 @@ def _graph(sizes: Sizes, tokens: int, past: int, room: int, location: str) -> on
         x = op("Add", x, op("MatMul", gated, f"down_{i}"))
     last = op("Gather", x, constant("last", [tokens - 1], np.int64), axis=1) if tokens > 1 else x
     op("MatMul", norm(last, "final"), op("Transpose", "embedding", perm=[1, 0]), outputs=("logits",))
-    return _model(sizes, tokens, past, room, nodes, initializers, caches)
+    return assembled(sizes, tokens, past, room, nodes, initializers, caches)
 
 
 def _external(sizes: Sizes, location: str) -> Iterator[TensorProto]:
@@ -182,7 +182,7 @@ def _external(sizes: Sizes, location: str) -> Iterator[TensorProto]:
         yield tensor
 
 
-def _model(
+def assembled(
     sizes: Sizes,
     tokens: int,
     past: int,
@@ -191,6 +191,8 @@ def _model(
     initializers: list[TensorProto],
     caches: list[str],
 ) -> onnx.ModelProto:
+    """A model of these nodes with the inputs and outputs of `llama`; `caches` are the names of the new ones."""
+
     def value(name: str, kind: int, *shape: int | str) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, kind, shape)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import pytest
@@ -111,18 +111,22 @@ KNOWN: Mapping[str, Difference] = MappingProxyType(
         f"{_TILE}[sm_86 decode ieee d256 1x32 w8 s1]": _fewer(0.167),
         f"{_TILE}[sm_90 matvec half n 16x128 s3]": _fewer(0.562),
         f"{_TILE}[sm_90 matvec half n 16x128 s5]": _fewer(0.562),
-        f"{_TILE}[sm_90 matvec half k 4x1024 s3]": _fewer(0.438),
         f"{_TILE}[sm_90 matvec ieee n 32x64 s1]": _fewer(0.625),
+        f"{_TILE}[sm_90 matvec half k 8x128 s3]": _fewer(0.625),
+        f"{_TILE}[sm_90 matvec half k 8x128 s5]": _fewer(0.625),
+        f"{_TILE}[sm_90 matvec ieee n 32x64 s3]": _fewer(0.5),
+        f"{_TILE}[sm_90 matvec ieee n 64x32 s3]": _fewer(0.5),
         f"{_TILE}[sm_90 decode ieee d64 1x64 w8 s1]": _fewer(0.25),
         f"{_TILE}[sm_90 decode ieee d256 1x32 w8 s1]": _fewer(0.125),
         f"{_TILE}[sm_100 matvec half n 64x64 s5]": _fewer(0.25),
-        f"{_TILE}[sm_100 matvec half k 4x1024 s3]": _fewer(0.375),
         f"{_TILE}[sm_100 matvec ieee n 16x128 s3]": _fewer(0.5),
-        f"{_TILE}[sm_100 matvec ieee n 32x64 s1]": _fewer(0.625),
-        f"{_TILE}[sm_100 matvec ieee n 32x64 s3]": _fewer(0.5),
-        f"{_TILE}[sm_100 matvec ieee n 64x32 s3]": _fewer(0.438),
+        f"{_TILE}[sm_100 matvec ieee n 32x64 s3]": _fewer(0.438),
+        f"{_TILE}[sm_100 matvec ieee n 64x32 s3]": _fewer(0.5),
         f"{_TILE}[sm_100 matvec ieee k 4x1024 s1]": _fewer(0.375),
-        f"{_TILE}[sm_100 matvec ieee k 8x512 s1]": _fewer(0.438),
+        f"{_TILE}[sm_100 matvec ieee k 8x512 s1]": replace(_saved(8), occupancy=0.5),
+        f"{_TILE}[sm_100 matvec half n 32x64 s3]": _fewer(0.562),
+        f"{_TILE}[sm_100 matvec half n 64x32 s3]": _fewer(0.562),
+        f"{_TILE}[sm_100 matvec half k 4x1024 s1]": _fewer(0.438),
         f"{_TILE}[sm_100 decode ieee d64 1x64 w8 s1]": _fewer(0.25),
         f"{_TILE}[sm_100 decode ieee d256 1x32 w8 s1]": _fewer(0.125),
         f"{_TILE}[sm_80 gated_row half k 8x256 s3]": _fewer(0.562),
@@ -131,12 +135,10 @@ KNOWN: Mapping[str, Difference] = MappingProxyType(
         f"{_TILE}[sm_86 gated_row ieee n 16x256 s1]": _fewer(0.5),
         f"{_TILE}[sm_86 gated_row ieee n 32x128 s1]": _fewer(0.5),
         f"{_TILE}[sm_90 gated_row half n 32x128 s1]": _fewer(0.375),
-        f"{_TILE}[sm_90 gated_row half k 8x512 s3]": _fewer(0.375),
         f"{_TILE}[sm_90 gated_row ieee n 16x256 s1]": _fewer(0.375),
         f"{_TILE}[sm_90 gated_row ieee n 32x128 s1]": _fewer(0.375),
         f"{_TILE}[sm_100 gated ieee 32x32x32 w4 s3]": _fewer(0.5),
         f"{_TILE}[sm_100 gated_row half n 32x128 s1]": _fewer(0.375),
-        f"{_TILE}[sm_100 gated_row half k 8x512 s3]": _fewer(0.375),
         f"{_TILE}[sm_100 gated_row ieee n 64x64 s1]": _fewer(0.375),
         f"{_TILE}[sm_100 gated_row ieee k 8x512 s1]": _fewer(0.375),
     }
