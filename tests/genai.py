@@ -71,7 +71,7 @@ def decoder(
             do_rotary=1,
         )
         made = product(attended, f"o_{i}", sizes.heads * sizes.head, sizes.hidden)
-        outputs = (f"normed_{i}", "", "", f"sum_{i}")
+        outputs: tuple[str, ...] = (f"normed_{i}", "", "", f"sum_{i}")
         x = op("SkipSimplifiedLayerNormalization", total, made, weight(f"second_{i}"), outputs=outputs, epsilon=EPSILON)
         gate, up = (product(x, f"{name}_{i}", sizes.hidden, sizes.inner) for name in ("gate", "up"))
         gated = op("Mul", op("Mul", gate, op("Sigmoid", gate)), up)
