@@ -62,6 +62,9 @@ MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], tuple[Feeds, ...], int]] 
 """A model, what it is fed, and how many tokens the first of that has."""
 
 
+PRODUCTS = ("MatMul", "FusedMatMul", "NormalizedMatMul", "MatMulNBits", "FusedMatMulNBits")
+
+
 def rows(session: Session, feeds: Feeds, op: str) -> list[int]:
     """How many rows the nodes of an operator compute, in order."""
     placed = [s.placed for p in session.plans(feeds) for s in p.steps if s.placed is not None]
@@ -137,8 +140,9 @@ def test_a_decoder_computes_what_follows_the_last_keys_for_its_last_token(tmp_pa
         want = session.run(feeds)
     for device in ("cpu", "recording"):
         with infera_gpu.load(path, device=device) as session:
-            products = rows(session, feeds, "FusedMatMul") + rows(session, feeds, "MatMul")
-            products += 2 * rows(session, feeds, "GatedMatMul")
+            products = 2 * rows(session, feeds, "GatedMatMul")
+            for op in PRODUCTS:
+                products += rows(session, feeds, op)
             assert sorted(products) == [2] * 5 + [16] * 6
             got = session.run(feeds)
         for name, expected in want.items():
@@ -152,7 +156,10 @@ TAIL = """
         g ({inputs}) => (float[B, 4] y)
         <float[4, 4] w = {{1, -2, 3, 0.5, -1, 2, 1, 4, -3, 0.25, 1, 1, 2, -1, 0.5, 2}}, float[4] b = {{1, 2, -3, 0.5}},
          int64 first = {{0}}, int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] two = {{2}},
-         float[1, 4, 4] table = {{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}}> {{
+         float[1, 4, 4] table = {{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}},
+         uint8[4, 1, 8] bits = {{16, 50, 84, 118, 1, 1, 1, 1, 152, 186, 220, 254, 1, 1, 1, 1,
+                                 1, 35, 69, 103, 1, 1, 1, 1, 137, 171, 205, 239, 1, 1, 1, 1}},
+         float[4] scales = {{0.5, 0.25, 2, 1}}> {{
             {nodes}
             y = Gather <axis = 1> (t, first)
         }}"""
@@ -174,6 +181,12 @@ CORNERS: dict[str, tuple[str, str, dict[str, tuple[int, ...]], int]] = {
         "p = MatMul(x, w)  q = Add(r, p)  t = MatMul(q, w)",
         {"x": (2, 5, 4), "r": (5, 4)},
         2,
+    ),
+    "weights_of_few_bits": (
+        "float[2, 5, 4] x, float[2, 5, 4] r",
+        "p = com.microsoft.MatMulNBits <K = 4, N = 4, block_size = 16> (x, bits, scales)  t = Add(p, r)",
+        {"x": (2, 5, 4), "r": (2, 5, 4)},
+        1,
     ),
     "operand_that_is_squared": (
         "float[2, 5, 4] x",
@@ -233,7 +246,7 @@ def test_rows_are_read_where_they_are(name: str, device: str) -> None:
         feeds["to"] = np.array([1, 10, 4])
     with infera_gpu.load(model, device="cpu", fuse=False) as written, infera_gpu.load(model, device=device) as session:
         want, got = (s.run(feeds)["y"] for s in (written, session))
-        assert sum(d <= 2 for op in ("MatMul", "FusedMatMul") for d in rows(session, feeds, op)) == count
+        assert sum(d <= 2 for op in PRODUCTS for d in rows(session, feeds, op)) == count
     assert got.shape == want.shape
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5 * np.abs(want).max())
 

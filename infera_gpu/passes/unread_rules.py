@@ -63,6 +63,11 @@ def _product(draft: Draft, n: Node, out: TensorSpec, axis: int) -> Axes:
     return _along(draft, n, out.shape[axis], {**operands, 2: axis, 3: axis})
 
 
+def _few_bits(draft: Draft, n: Node, out: TensorSpec, axis: int) -> Axes:
+    """The rows of the operand, and of the residual."""
+    return None if axis == -1 else _along(draft, n, out.shape[axis], {0: axis, 6: axis})
+
+
 def _attended(draft: Draft, n: Node, out: TensorSpec, axis: int) -> Axes:
     """The queries, and their rows of masks. Keys and values are for all of them."""
     q = draft.spec(n.inputs[0])
@@ -94,6 +99,7 @@ def shape_after(draft: Draft, n: Node, at: int) -> tuple[int, ...] | None:
 
 _GELUS = ("infera.Gelu", *(f"com.microsoft.{op}" for op in ("Gelu", "FastGelu", "BiasGelu", "QuickGelu")))
 _PRODUCTS = ("MatMul", "Gemm", "infera.FusedMatMul", "com.microsoft.FusedMatMul", "com.microsoft.FusedGemm")
+_FEW_BITS = ("com.microsoft.MatMulNBits", "infera.FusedMatMulNBits")
 _LAYER_NORMS = (
     *("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"),
     "com.microsoft.SkipLayerNormalization",
@@ -105,6 +111,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         **dict.fromkeys(_LAYER_NORMS, _normalized(-1)),
         **dict.fromkeys(("Softmax", "LogSoftmax"), _normalized(1)),
         **dict.fromkeys(_PRODUCTS, _product),
+        **dict.fromkeys(_FEW_BITS, _few_bits),
         "infera.Attention": _attended,
         "Transpose": _transposed,
         "Reshape": _resized,
@@ -112,7 +119,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
 )
 """Operator -> its rule."""
 
-PAYING = frozenset({*_PRODUCTS, "infera.Attention"})
+PAYING = frozenset({*_PRODUCTS, *_FEW_BITS, "infera.Attention"})
 """Operators whose rows are worth a copy of an operand's."""
 
 
