@@ -184,9 +184,9 @@ CORNERS: dict[str, tuple[str, str, dict[str, tuple[int, ...]], int]] = {
     ),
     "weights_of_few_bits": (
         "float[2, 5, 4] x, float[2, 5, 4] r",
-        "p = com.microsoft.MatMulNBits <K = 4, N = 4, block_size = 16> (x, bits, scales)  t = Add(p, r)",
+        "p = com.microsoft.MatMulNBits <K = 4, N = 4, block_size = 16> (x, bits, scales)  q = Add(p, r)  t = MatMul(q, w)",
         {"x": (2, 5, 4), "r": (2, 5, 4)},
-        1,
+        2,
     ),
     "operand_that_is_squared": (
         "float[2, 5, 4] x",
