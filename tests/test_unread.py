@@ -184,7 +184,8 @@ CORNERS: dict[str, tuple[str, str, dict[str, tuple[int, ...]], int]] = {
     ),
     "weights_of_few_bits": (
         "float[2, 5, 4] x, float[2, 5, 4] r",
-        "p = com.microsoft.MatMulNBits <K = 4, N = 4, block_size = 16> (x, bits, scales)  q = Add(p, r)  t = MatMul(q, w)",
+        """p = com.microsoft.MatMulNBits <K = 4, N = 4, block_size = 16> (x, bits, scales)
+           q = Add(p, r)  t = MatMul(q, w)""",
         {"x": (2, 5, 4), "r": (2, 5, 4)},
         2,
     ),
