@@ -116,8 +116,9 @@ def test_agrees_with_the_framework_as_cuda_would_plan_it(export: Export) -> None
     with infera_gpu.load(export.path, device="recording") as session:
         attentions, model = ATTENTIONS.get(export.about["framework"], {}), export.about["model"]
         if model in attentions:
-            products = [n for n in session.graph.nodes if n.qualified == "infera.FusedMatMul" and "joined" in n.name]
-            assert len(products) == attentions[model]
+            products = {"infera.FusedMatMul", "infera.NormalizedMatMul"}
+            joined = [n for n in session.graph.nodes if n.qualified in products and "joined" in n.name]
+            assert len(joined) == attentions[model]
         for feeds, wanted in export.examples:
             given = {name: feeds[name] for name in session.inputs}
             got = session.run(given)
