@@ -82,15 +82,16 @@ def test_it_is_for_triton_and_not_for_strict_sessions() -> None:
 PLAIN = """
     g (float[2, 3] x, float[2, 4] a) => (float[2, 3] y{outputs})
     <float[4, 3] w = {{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}}, float[3] s = {{-1, 7, 0.5}}> {{
+        {before}
         t = {product}
         y{more} = com.microsoft.SkipSimplifiedLayerNormalization <epsilon = 0.5> ({inputs})
     }}"""
 
 
 def skipped(
-    product: str = "MatMul(a, w)", inputs: str = "x, t, s", more: str = "", outputs: str = ""
+    before: str = "", product: str = "MatMul(a, w)", inputs: str = "x, t, s", more: str = "", outputs: str = ""
 ) -> onnx.ModelProto:
-    return parse(PLAIN.format(product=product, inputs=inputs, more=more, outputs=outputs), 21)
+    return parse(PLAIN.format(before=before, product=product, inputs=inputs, more=more, outputs=outputs), 21)
 
 
 @pytest.mark.parametrize(
@@ -98,14 +99,16 @@ def skipped(
     [
         {},
         {"inputs": "t, x, s"},
+        {"product": "Add(s, p)", "before": "p = MatMul(a, w)"},
         {"more": ", , , z", "outputs": ", float[2, 3] z"},
     ],
-    ids=["plain", "the product first", "with the sum"],
+    ids=["plain", "the product first", "biased", "with the sum"],
 )
 def test_a_norm_of_a_sum_is_taken_apart(given: dict[str, str]) -> None:
     graph = load_graph(skipped(**given))
     found = apart(graph)
-    assert [n.op for n in found.nodes] == ["MatMul", "Add", "SimplifiedLayerNormalization"]
+    bias = ["Add"] if "before" in given else []
+    assert [n.op for n in found.nodes] == ["MatMul", *bias, "Add", "SimplifiedLayerNormalization"]
     assert found.outputs == graph.outputs
     rng = np.random.default_rng(0)
     feeds = {name: rng.standard_normal((2, n), np.float32) for name, n in (("x", 3), ("a", 4))}
@@ -121,8 +124,10 @@ def test_a_norm_of_a_sum_is_taken_apart(given: dict[str, str]) -> None:
         {"outputs": ", float[2, 3] t"},
         {"inputs": "t, t, s"},
         {"product": "Relu(x)"},
+        {"product": "Add(x, p)", "before": "p = MatMul(a, w)"},
+        {"product": "MatMul(a, v)", "before": "v = Exp(w)"},
     ],
-    ids=["biased", "statistics", "an output", "the product twice", "no product"],
+    ids=["biased", "statistics", "an output", "the product twice", "no product", "of three terms", "of two values"],
 )
 def test_other_norms_of_sums_stay(given: dict[str, str]) -> None:
     graph = load_graph(skipped(**given))

@@ -7,12 +7,12 @@ from dataclasses import replace
 from infera_gpu.graph import Graph, Node, made_name
 
 _SKIP, _NORM = "com.microsoft.SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization"
-_PRODUCTS = frozenset({"MatMul", "infera.FusedMatMul", "com.microsoft.MatMulNBits"})
+_PRODUCTS = frozenset({"MatMul", "com.microsoft.MatMulNBits"})
 
 
 def apart(graph: Graph) -> Graph:
-    """The graph with a sum and a norm for each norm of a sum, one of whose terms is a product that nobody else reads;
-    itself where there is none.
+    """The graph with a sum and a norm for each norm of a sum, one of whose terms is a product by a constant, or one
+    with a bias, that nobody else reads; itself where there is none.
 
     In halves the sum is rounded before it is normalised, as onnxruntime does on GPUs.
     """
@@ -22,8 +22,12 @@ def apart(graph: Graph) -> Graph:
 
     def is_product(value: str) -> bool:
         made_by = producers.get(value)
-        alone = len(readers.get(value, ())) == 1 and value not in graph.outputs
-        return made_by is not None and made_by.qualified in _PRODUCTS and alone
+        if made_by is None or len(readers.get(value, ())) != 1 or value in graph.outputs:
+            return False
+        if made_by.qualified == "Add":
+            terms = [v for v in made_by.inputs if v not in graph.constants]
+            return len(terms) == 1 and is_product(terms[0])
+        return made_by.qualified in _PRODUCTS and made_by.inputs[1] in graph.constants
 
     nodes: list[Node] = []
     for n in graph.nodes:

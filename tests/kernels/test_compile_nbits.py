@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from infera_kernels.launch import CompileLauncher
@@ -27,7 +29,7 @@ def test_weights_are_read_in_whole_words(dtype: str, bits: int, block: int, fuse
     packed = FakeArray((*shape, block * bits // 8), "uint8")
     weight = nbits.Weight(packed, FakeArray(shape, dtype), FakeArray(shape, "float32"), bits)
     bias, out = FakeArray((n,), dtype), FakeArray((1, n), dtype)
-    how = {"gain": FakeArray((k,), dtype), "residual": FakeArray((1, n), dtype)} if fused else {}
+    how: dict[str, Any] = {"gain": FakeArray((k,), dtype), "residual": FakeArray((1, n), dtype)} if fused else {}
     nbits.nbits_matmul(FakeArray((1, k), dtype), weight, bias, out, None, launcher, **how)
     result = compiled(launcher)
     assert wide_loads(result) >= 2
