@@ -42,9 +42,11 @@ def _normalizes_rows(match: Match) -> bool:
 
 
 def _is_plain(match: Match) -> bool:
-    """The product adds a row, or nothing."""
-    attrs = _attrs(match)
+    """The product adds a row, or nothing. One that takes matrices alone goes on refusing others."""
+    attrs, x = _attrs(match), match.spec("x")
     if attrs != {**DEFAULTS, "transB": attrs["transB"], "matrices": attrs["matrices"]} or not _normalizes_rows(match):
+        return False
+    if attrs["matrices"] and (x is None or x.ndim != 2):
         return False
     if "bias" not in match.values:
         return True
@@ -104,6 +106,14 @@ NORMALIZED = Fusion(
         *_misses(_EXAMPLE, "RMSNormalization <epsilon = 0.25> (x, s)"),
         changed(_EXAMPLE, ("example (", "activated ("), ("FusedMatMul (", 'FusedMatMul <activation = "relu"> (')),
         changed(_EXAMPLE, ("example (", "scaled ("), ("FusedMatMul (", "FusedMatMul <alpha = 0.5> (")),
+        changed(
+            _EXAMPLE,
+            (
+                "example (float[2, 3] x) => (float[2, 2] y)",
+                "of_matrices_alone (float[1, 2, 3] x) => (float[1, 2, 2] y)",
+            ),
+            ("FusedMatMul (", "FusedMatMul <matrices = 1> ("),
+        ),
         changed(_EXAMPLE, ("example (", "one_term ("), ("float[2] b = {3, -4}", "float[1] b = {3}")),
         changed(_EXAMPLE, ("example (", "with_a_residual ("), ("(n, w, b)", "(n, w, b, b)")),
         changed(

@@ -104,8 +104,9 @@ def _attended(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
     q, v = ins[0], ins[2]
     if q is None or v is None or not (q.ranked and v.ranked) or min(q.ndim, v.ndim) < 2:
         return unranked(q)
-    lead = q.shape[:-2]
-    if not n.attrs.get("alike") and not n.attrs.get("repeated"):
+    repeated = n.attrs.get("repeated")
+    lead = v.shape[:-2] if n.attrs.get("alike") and not repeated else q.shape[:-2]  # which masks may widen
+    if not n.attrs.get("alike") and not repeated:
         given = [s for s, name in zip(ins[:6], n.inputs, strict=False) if name]
         if any(s is None or not s.ranked for s in given):
             return unranked(q)
@@ -221,6 +222,8 @@ _NORMS = (
     *("GroupNormalization", "BatchNormalization", "MeanVarianceNormalization", "LpNormalization"),
     *("SimplifiedLayerNormalization", "com.microsoft.SkipLayerNormalization", "infera.L2Normalization", "Trilu"),
     *("infera.AxisNormalization", "RotaryEmbedding", "infera.Rotary", "infera.QuantizedLayerNormalization"),
+    *("com.microsoft.SkipSimplifiedLayerNormalization", "com.microsoft.RotaryEmbedding", "com.microsoft.Trilu"),
+    *("com.microsoft.GroupNorm", "com.microsoft.SkipGroupNorm", "CumProd", "ReverseSequence"),
 )
 _OTHERS = (
     *("LSTM", "GRU", "RNN", "GatherElements", "ScatterND", "ScatterElements", "Compress", "Tile"),
@@ -264,7 +267,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
             ("Conv", "infera.FusedConv", "com.microsoft.FusedConv", "ConvTranspose", "MaxPool", "AveragePool"),
             _convolved,
         ),
-        **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool"), _convolved),
+        **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"), _convolved),
         "infera.Attention": _attended,
         **dict.fromkeys(_ATTENTIONS, _attended_whole),
         "DequantizeLinear": _dequantized,

@@ -86,6 +86,18 @@ def _gathered(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
     return TensorSpec((*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]), x.dtype)
 
 
+def _gathered_blocks(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
+    """Rows of a table, of the scales' type. Bytes hold several elements, along the last axis."""
+    table, index, scales = ins[:3]
+    known = table is not None and index is not None and table.ranked and index.ranked and table.ndim > 1
+    if table is None or index is None or scales is None or not known or n.attrs.get("gather_axis", 0) != 0:
+        return unranked(scales)
+    last = table.shape[-1]
+    if table.dtype == np.uint8 and isinstance(last, int):
+        last *= 8 // int(n.attrs.get("bits", 4))
+    return TensorSpec((*index.shape, *table.shape[1:-1], last), scales.dtype)
+
+
 def _embedded(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
     """A row of a table for each of the indices, which broadcast to each other."""
     indices = [s for s, name in zip(ins[:6:2], n.inputs[:6:2], strict=True) if name]
@@ -250,7 +262,8 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "Unsqueeze": _unsqueezed,
         "Squeeze": _squeezed,
         "Gather": _gathered,
-        "GatherND": _gathered_along_axes,
+        "com.microsoft.GatherBlockQuantized": _gathered_blocks,
+        **dict.fromkeys(("GatherND", "com.microsoft.GatherND"), _gathered_along_axes),
         "infera.Lookup": _looked_up,
         "infera.EmbeddedNormalization": _embedded,
         "Slice": _sliced,
