@@ -66,7 +66,7 @@ def test_a_step_is_few_launches(variant: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(passes, "apart", lambda graph: graph)
     monkeypatch.setattr(passes, "FUSIONS", Fusions(*(f for f in passes.FUSIONS if f not in nbits.FUSIONS)))
     biases = 3 if variant == "biased" else 0
-    assert launched() == (13 + biases) * SIZES.layers + 3
+    assert launched() == (12 + biases) * SIZES.layers + 3
 
 
 @pytest.mark.kernels

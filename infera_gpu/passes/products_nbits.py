@@ -30,8 +30,20 @@ def _alike(match: Match) -> Hashable | None:
     outputs = {match.root.outputs[0], *(match.values[name] for name in given)}
     if "g" in match.values or not alone or not outputs.isdisjoint(match.graph.outputs):
         return None
-    types = (match.constant(name).dtype.str if name in match.values else "" for name in _NAMES[:3])
-    return *types, *sorted((k, v) for k, v in match.root.attrs.items() if k not in _APART)
+    rows = [_row(match, name) for name in _NAMES]
+    if any(size is None for _, size in rows):
+        return None
+    return *rows[:3], *sorted((k, v) for k, v in match.root.attrs.items() if k not in _APART)
+
+
+def _row(match: Match, name: str) -> tuple[str, int | None]:
+    """The type and size of a constant's rows, "" and 0 without it; no size where it is not as many as there are
+    columns."""
+    if name not in match.values:
+        return "", 0
+    given, columns = match.constant(name), _columns(match)
+    whole = columns > 0 and given.size % columns == 0 and (name != "b" or given.shape == (columns,))
+    return given.dtype.str, given.size // columns if whole else None
 
 
 def _joined(matches: Sequence[Match], name: str) -> HostArray:
@@ -94,6 +106,8 @@ FEW_BITS = Siblings(
         changed(
             _EXAMPLE, ("example (", "of_other_bits ("), ("N = 1, block_size = 16", "N = 1, bits = 2, block_size = 32")
         ),
+        changed(_EXAMPLE, ("example (", "of_a_scale_too_many ("), ("float[1] h = {2}", "float[2] h = {2, 1}")),
+        changed(_EXAMPLE, ("example (", "of_a_bias_too_few ("), ("float[2] b = {3, -4}", "float[1] b = {3}")),
         changed(
             _EXAMPLE,
             ("example (", "in_groups ("),

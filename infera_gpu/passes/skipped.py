@@ -20,13 +20,13 @@ def apart(graph: Graph) -> Graph:
         return graph
     readers, producers = graph.readers(), {o: n for n in graph.nodes for o in n.outputs if o}
 
-    def is_product(value: str) -> bool:
+    def is_product(value: str, *, biased: bool = False) -> bool:
         made_by = producers.get(value)
         if made_by is None or len(readers.get(value, ())) != 1 or value in graph.outputs:
             return False
-        if made_by.qualified == "Add":
+        if made_by.qualified == "Add" and not biased:
             terms = [v for v in made_by.inputs if v not in graph.constants]
-            return len(terms) == 1 and is_product(terms[0])
+            return len(terms) == 1 and is_product(terms[0], biased=True)
         return made_by.qualified in _PRODUCTS and made_by.inputs[1] in graph.constants
 
     nodes: list[Node] = []
