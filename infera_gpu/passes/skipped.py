@@ -27,7 +27,7 @@ def apart(graph: Graph) -> Graph:
         if made_by.qualified == "Add" and not biased:
             terms = [v for v in made_by.inputs if v not in graph.constants]
             return len(terms) == 1 and is_product(terms[0], biased=True)
-        return made_by.qualified in _PRODUCTS and made_by.inputs[1] in graph.constants
+        return made_by.qualified in _PRODUCTS and not graph.constants.keys().isdisjoint(made_by.inputs[1:2])
 
     nodes: list[Node] = []
     for n in graph.nodes:
@@ -40,13 +40,14 @@ def apart(graph: Graph) -> Graph:
 
 def _is_plain(n: Node) -> bool:
     """Nothing else is added, and nobody wants the statistics."""
-    return len(n.inputs) >= 3 and all(n.inputs[:3]) and not any(n.inputs[3:]) and not any(n.outputs[1:3])
+    given = len(n.inputs) >= 3 and all(n.inputs[:3]) and bool(n.outputs[0])
+    return given and not any(n.inputs[3:]) and not any(n.outputs[1:3])
 
 
 def _apart(n: Node) -> tuple[Node, Node]:
     out, label = n.outputs[0], n.name or n.outputs[0]
     total = n.outputs[3] if any(n.outputs[3:]) else made_name(out, "sum")
-    epsilon = {"epsilon": float(n.attrs.get("epsilon", 1e-12))}
+    epsilon = {"epsilon": n.attrs.get("epsilon", 1e-12)}
     return (
         Node("Add", n.inputs[:2], (total,), name=f"{label}/sum"),
         Node(_NORM, (total, n.inputs[2]), (out,), epsilon, name=label),
