@@ -3,15 +3,19 @@
 GroupQueryAttention with packed projections, rotary embedding and a cache as long as what is attended to; RMSNorm, a
 gated SiLU, the token embedding tied to the output. The default sizes are those of Llama 3.2 1B. Matrices lie in a file
 beside the model, which all its graphs share.
+
+With `Sizes.bits` it is what onnxruntime-genai's builder writes: all matrices but the embedding are MatMulNBits' of so
+many bits, symmetric in blocks; projections are apart, residuals added by SkipSimplifiedLayerNormalization.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -25,6 +29,30 @@ _BLOCK = 1 << 20
 
 EPSILON, THETA = 1e-5, 500000.0
 
+BLOCK_SIZE = 32
+"""Weights of few bits that share a scale."""
+
+_SKIP = "SkipSimplifiedLayerNormalization"
+_MICROSOFT = frozenset({"GroupQueryAttention", "MatMulNBits", _SKIP})
+
+
+class Stored(NamedTuple):
+    """A tensor of the file: float16 of this mean and deviation, or bytes of any value."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    mean: float = 0.0
+    std: float = 0.0
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -36,30 +64,48 @@ class Sizes:
     groups: int = 8
     inner: int = 8192
     vocabulary: int = 128256
+    bits: int | None = None
+    """4 or 8 of each weight, None for float16."""
 
     @property
     def head(self) -> int:
         return self.hidden // self.heads
 
     @property
-    def packed(self) -> int:
-        """Columns of the projection to queries, keys and values."""
-        return (self.heads + 2 * self.groups) * self.head
+    def projections(self) -> tuple[tuple[str, int], ...]:
+        """Names and columns of the projections to queries, keys and values."""
+        if self.bits is None:
+            return (("qkv", (self.heads + 2 * self.groups) * self.head),)
+        return tuple(
+            (name, n * self.head) for name, n in zip("qkv", (self.heads, self.groups, self.groups), strict=True)
+        )
 
     @property
     def name(self) -> str:
         parts = (self.layers, self.hidden, self.heads, self.groups, self.inner, self.vocabulary)
-        return f"llama-{'-'.join(map(str, parts))}"
+        return f"llama-{'-'.join(map(str, parts))}{'' if self.bits is None else f'-int{self.bits}'}"
 
     def matrices(self) -> Iterator[tuple[str, int, int, float]]:
         """Name, rows, columns and the deviation of the elements, in the order of the file."""
         yield "embedding", self.vocabulary, self.hidden, 0.05
         for i in range(self.layers):
-            yield f"qkv_{i}", self.hidden, self.packed, 0.03
+            yield from ((f"{name}_{i}", self.hidden, columns, 0.03) for name, columns in self.projections)
             yield f"out_{i}", self.heads * self.head, self.hidden, 0.02
             yield f"gate_{i}", self.hidden, self.inner, 0.02
             yield f"up_{i}", self.hidden, self.inner, 0.02
             yield f"down_{i}", self.inner, self.hidden, 0.02
+        if self.bits is not None:
+            yield "head", self.hidden, self.vocabulary, 0.05
+
+    def tensors(self) -> Iterator[Stored]:
+        """What the matrices are in the file."""
+        for name, rows, columns, std in self.matrices():
+            if self.bits is None or name == "embedding":
+                yield Stored(name, np.dtype(np.float16), (rows, columns), std=std)
+                continue
+            blocks, scale = -(-rows // BLOCK_SIZE), std * 12**0.5 / (1 << self.bits)
+            yield Stored(f"{name}.weight", np.dtype(np.uint8), (columns, blocks, BLOCK_SIZE * self.bits // 8))
+            yield Stored(f"{name}.scales", np.dtype(np.float16), (columns, blocks), scale, 0.1 * scale)
 
 
 ONE_BILLION = Sizes()
@@ -71,20 +117,22 @@ def _write_matrices(path: Path, sizes: Sizes, *, values: bool) -> None:
     """
     if path.exists():
         return
-    block = np.random.default_rng(0).standard_normal(_BLOCK, np.float32)
+    rng = np.random.default_rng(0)
+    block, codes = rng.standard_normal(_BLOCK, np.float32), rng.integers(0, 256, _BLOCK, np.uint8)
     partial = path.with_suffix(f".{os.getpid()}")
     with partial.open("wb") as file:
-        for i, (_, rows, columns, std) in enumerate(sizes.matrices()):
-            count = rows * columns
+        for i, tensor in enumerate(sizes.tensors()):
             if not values:
                 begin = file.tell()
                 file.write(np.float16(i + 1).tobytes())
-                file.truncate(begin + 2 * count)
+                file.truncate(begin + tensor.nbytes)
                 file.seek(0, os.SEEK_END)
                 continue
-            drawn = (np.roll(block, 7919 * i) * np.float32(std)).astype(np.float16)
-            for start in range(0, count, _BLOCK):
-                file.write(drawn[: min(_BLOCK, count - start)].data)
+            drawn = np.roll(codes if tensor.dtype == np.uint8 else block, 7919 * i)
+            if tensor.dtype != np.uint8:
+                drawn = (drawn * np.float32(tensor.std) + np.float32(tensor.mean)).astype(tensor.dtype)
+            for start in range(0, tensor.size, _BLOCK):
+                file.write(drawn[: min(_BLOCK, tensor.size - start)].data)
     partial.replace(path)
 
 
@@ -132,57 +180,83 @@ def _graph(sizes: Sizes, tokens: int, past: int, room: int, location: str) -> on
 
     def op(kind: str, *inputs: str, outputs: tuple[str, ...] = (), **attributes: Any) -> str:
         made = outputs or (f"{kind.lower()}_{len(nodes)}",)
-        nodes.append(helper.make_node(kind, list(inputs), list(made), name=made[0], **attributes))
+        domain = "com.microsoft" if kind in _MICROSOFT else None
+        nodes.append(helper.make_node(kind, list(inputs), list(made), name=made[0], domain=domain, **attributes))
         return made[0]
 
     rng = np.random.default_rng(1)
+    shapes = {name: (rows, columns) for name, rows, columns, _ in sizes.matrices()}
+
+    def scale(name: str) -> str:
+        return constant(name, rng.normal(1.0, 0.1, sizes.hidden))
 
     def norm(x: str, name: str) -> str:
-        weight = constant(name, rng.normal(1.0, 0.1, sizes.hidden))
-        return op("RMSNormalization", x, weight, axis=-1, epsilon=EPSILON)
+        kind = "RMSNormalization" if sizes.bits is None else "SimplifiedLayerNormalization"
+        return op(kind, x, scale(name), axis=-1, epsilon=EPSILON)
+
+    def product(x: str, name: str, *, outputs: tuple[str, ...] = ()) -> str:
+        if sizes.bits is None:
+            return op("MatMul", x, name)
+        (k, n), given = shapes[name], (f"{name}.weight", f"{name}.scales")
+        return op("MatMulNBits", x, *given, outputs=outputs, K=k, N=n, bits=sizes.bits, block_size=BLOCK_SIZE)
+
+    def summed(terms: tuple[str, ...], name: str) -> tuple[str, str]:
+        """The sum of one term or two, and its norm."""
+        if sizes.bits is None or len(terms) == 1:
+            total = op("Add", *terms) if len(terms) > 1 else terms[0]
+            return total, norm(total, name)
+        outputs = (f"{name}_normed", "", "", f"{name}_sum")
+        return outputs[3], op(_SKIP, *terms, scale(name), outputs=outputs, epsilon=EPSILON)
+
+    def last(x: str) -> str:
+        return op("Gather", x, constant("last", [tokens - 1], np.int64), axis=1) if tokens > 1 else x
 
     cos, sin = (constant(name, x) for name, x in zip(("cos", "sin"), rotations(sizes, total), strict=True))
     length = constant("total", total, np.int32)
     caches: list[str] = []
-    x = op("Gather", "embedding", "input_ids")
+    terms: tuple[str, ...] = (op("Gather", "embedding", "input_ids"),)
     for i in range(sizes.layers):
         pasts = [f"past_key_{i}", f"past_value_{i}"] if past else ["", ""]
         presents = (f"key_{i}", f"value_{i}")
         caches += presents
+        x, y = summed(terms, f"first_{i}")
+        projected = [product(y, f"{name}_{i}") for name, _ in sizes.projections]
         attended = op(
             "GroupQueryAttention",
-            op("MatMul", norm(x, f"first_{i}"), f"qkv_{i}"),
-            *("", "", *pasts, "seqlens_k", length, cos, sin),
+            *projected,
+            *[""] * (3 - len(projected)),
+            *(*pasts, "seqlens_k", length, cos, sin),
             outputs=(f"attention_{i}", *presents),
-            domain="com.microsoft",
             num_heads=sizes.heads,
             kv_num_heads=sizes.groups,
             do_rotary=1,
         )
-        x = op("Add", x, op("MatMul", attended, f"out_{i}"))
-        y = norm(x, f"second_{i}")
-        gate = op("MatMul", y, f"gate_{i}")
-        gated = op("Mul", op("Mul", gate, op("Sigmoid", gate)), op("MatMul", y, f"up_{i}"))
-        x = op("Add", x, op("MatMul", gated, f"down_{i}"))
-    last = op("Gather", x, constant("last", [tokens - 1], np.int64), axis=1) if tokens > 1 else x
-    op("MatMul", norm(last, "final"), op("Transpose", "embedding", perm=[1, 0]), outputs=("logits",))
-    return assembled(sizes, tokens, past, room, nodes, initializers, caches)
+        x, y = summed((x, product(attended, f"out_{i}")), f"second_{i}")
+        gate = product(y, f"gate_{i}")
+        gated = op("Mul", op("Mul", gate, op("Sigmoid", gate)), product(y, f"up_{i}"))
+        terms = (x, product(gated, f"down_{i}"))
+    if sizes.bits is None:
+        x = norm(last(op("Add", *terms)), "final")
+        op("MatMul", x, op("Transpose", "embedding", perm=[1, 0]), outputs=("logits",))
+    else:
+        product(last(op(_SKIP, *terms, scale("final"), epsilon=EPSILON)), "head", outputs=("logits",))
+    return _assembled(sizes, tokens, past, room, nodes, initializers, caches)
 
 
 def _external(sizes: Sizes, location: str) -> Iterator[TensorProto]:
     """The matrices as tensors whose data lies in the file."""
     at = 0
-    for name, rows, columns, _ in sizes.matrices():
-        tensor = TensorProto(name=name, data_type=TensorProto.FLOAT16, dims=(rows, columns))
+    for stored in sizes.tensors():
+        kind = helper.np_dtype_to_tensor_dtype(stored.dtype)
+        tensor = TensorProto(name=stored.name, data_type=kind, dims=stored.shape)
         tensor.data_location = TensorProto.EXTERNAL
-        nbytes = 2 * rows * columns
-        for key, value in (("location", location), ("offset", at), ("length", nbytes)):
+        for key, value in (("location", location), ("offset", at), ("length", stored.nbytes)):
             tensor.external_data.add(key=key, value=str(value))
-        at += nbytes
+        at += stored.nbytes
         yield tensor
 
 
-def assembled(
+def _assembled(
     sizes: Sizes,
     tokens: int,
     past: int,
