@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,10 +38,11 @@ def counted(proto: onnx.ModelProto, *, kinds: tuple[str, ...] = ("triton", "cupy
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("batch", [1, 3, 9])
+@pytest.mark.parametrize(("batch", "tokens", "past"), [(1, 1, 5), (3, 1, 5), (9, 1, 5), (2, 3, 0)])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_step_computes_the_same(variant: str, batch: int) -> None:
-    model, given = decoder(past=5, **VARIANTS[variant]), feeds(batch, past=5)
+def test_a_step_computes_the_same(variant: str, batch: int, tokens: int, past: int, tmp_path: Path) -> None:
+    model = decoder(tmp_path, tokens=tokens, past=past, **VARIANTS[variant])
+    given = feeds(batch, tokens=tokens, past=past)
     with infera_gpu.load(model, device="cpu", fuse=False) as session:
         want = session.run(given)
     with infera_gpu.load(model, device="recording") as session:
@@ -52,9 +54,9 @@ def test_a_step_computes_the_same(variant: str, batch: int) -> None:
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_step_is_few_launches(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_few_launches(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer: heads, attention, a product that adds, both halves of the feed-forward, their gate, one that adds."""
-    model, given = decoder(past=5, **VARIANTS[variant]), feeds(1, past=5)
+    model, given = decoder(tmp_path, past=5, **VARIANTS[variant]), feeds(1, past=5)
 
     def launched() -> int:
         with Session(load_graph(model), RecordingDevice()) as session:
@@ -70,8 +72,8 @@ def test_a_step_is_few_launches(variant: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.kernels
-def test_it_is_for_triton_and_not_for_strict_sessions() -> None:
-    model = decoder(past=5, biased=True)
+def test_it_is_for_triton_and_not_for_strict_sessions(tmp_path: Path) -> None:
+    model = decoder(tmp_path, past=5, biased=True)
     assert counted(model)["FusedMatMulNBits"] == 4 * SIZES.layers + 1
     for options in ({"strict": True}, {"kinds": ("cpu",)}, {"kinds": ("cupy",)}):
         found = counted(model, **options)

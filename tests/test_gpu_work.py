@@ -224,8 +224,9 @@ def test_caches_in_their_place_are_read_and_added_to(tmp_path: Path) -> None:
     assert moved - kept == len(names) * cache * 7 // 8
 
 
-def test_an_outline_plans_like_the_model(tmp_path: Path) -> None:
-    sizes = Sizes(layers=1, hidden=32, heads=4, groups=2, inner=16, vocabulary=50)
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_an_outline_plans_like_the_model(bits: int | None, tmp_path: Path) -> None:
+    sizes = Sizes(layers=1, hidden=32, heads=4, groups=2, inner=16, vocabulary=50, bits=bits)
     feeds = dict(llama_feeds(2, tokens=3, past=0, sizes=sizes))
     paths = [llama(tmp_path, tokens=3, past=0, sizes=sizes, values=values) for values in (True, False)]
     assert counted(paths[0], feeds) == counted(paths[1], feeds)
