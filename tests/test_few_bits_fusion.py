@@ -128,8 +128,13 @@ def test_a_norm_of_a_sum_is_taken_apart(given: dict[str, str]) -> None:
         {"product": "Relu(x)"},
         {"product": "Add(x, p)", "before": "p = MatMul(a, w)"},
         {"product": "MatMul(a, v)", "before": "v = Exp(w)"},
+        {"inputs": "v, t, s", "before": "i = Constant <value_ints = [0]> () v = Unsqueeze(x, i)"},
+        {"inputs": "v, t, s", "before": "v = Concat <axis = 0> (x, x)"},
     ],
-    ids=["biased", "statistics", "an output", "the product twice", "no product", "of three terms", "of two values"],
+    ids=[
+        *("biased", "statistics", "an output", "the product twice", "no product", "of three terms", "of two values"),
+        *("broadcast", "of other rows"),
+    ],
 )
 def test_other_norms_of_sums_stay(given: dict[str, str]) -> None:
     graph = load_graph(skipped(**given))
